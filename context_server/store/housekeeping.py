@@ -1,0 +1,38 @@
+"""Keeping house: what the keeper has the database do, one method, one transaction, each of them short."""
+
+import time
+from functools import partial
+
+from context_server.store import compaction, retention
+from context_server.store.compaction import Compacted
+from context_server.store.database import Database
+from context_server.store.keeping_statements import Place
+from context_server.store.retention import ExpiredContext
+
+
+class Housekeeping:
+    """The transactions of the keeper; ``Store.house``.
+
+    Raises, from every method: as ``Store``.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def compact(self, min_age_ms: int, after: Place | None) -> Compacted:
+        """Merges some chunks of messages that ended so long ago, going on after a place; no pull answers otherwise."""
+        work = partial(compaction.compact, ended_before_ms=_clock_ms() - min_age_ms, after=after)
+        return await self._database.write(work)
+
+    async def expire_contexts(self, min_age_ms: int) -> list[ExpiredContext]:
+        """Some contexts that were without activity for so long, oldest first; they are gone for everybody."""
+        work = partial(retention.expire_contexts, inactive_since_ms=_clock_ms() - min_age_ms)
+        return await self._database.write(work)
+
+    async def clear_contexts(self) -> bool:
+        """Deletes some rows of expired contexts; whether there were any."""
+        return await self._database.write(retention.clear_contexts)
+
+
+def _clock_ms() -> int:
+    return time.time_ns() // 1_000_000
