@@ -1,0 +1,350 @@
+"""Claims queued runs, drives their agents, stops them, and recovers what a crash left.
+
+Each run has a task that supervises and a task that drives the agent: the supervisor decides how the run ends, so an
+agent that ignores its cancellation, or raises in it, cannot keep a context from ending.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from enum import StrEnum
+from types import TracebackType
+from typing import Any, Self
+
+import structlog
+
+from context_server.agents import Agent, AgentRun
+from context_server.agents.driving import deltas_of
+from context_server.bus import Bus, CancelRequested, RunDeleted, RunQueued, WakeUp
+from context_server.errors import (
+    PASSING,
+    Fenced,
+    ReplyTooLarge,
+    StorageBroken,
+    Unavailable,
+    without_words,
+)
+from context_server.hub import Hub
+from context_server.ledger import Ledger
+from context_server.metrics import Metrics
+from context_server.records import (
+    Failure,
+    Outcome,
+    Run,
+    State,
+    Transition,
+    Turn,
+)
+from context_server.reply import OpenReply
+from context_server.store import Store
+from context_server.store.execution import INTERRUPTED
+
+log = structlog.get_logger("context_server.runner")
+
+_SWEEP_SECONDS = 2.0
+"""How often the runner looks by itself for queued runs and for runs to be stopped, in case a wake-up was lost."""
+_REAP_LIMIT = 100
+_OTHERS_FIRST_SECONDS = 0.05
+_RETRY_SECONDS = (0.1, 0.25, 0.5, 1.0, 2.0)
+_CLAIM_LIMIT = 100
+"""Runs claimed in one transaction, so that a long queue does not hold up the commits of those that run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunnerLimits:
+    """The runner's bounds; times in seconds."""
+
+    max_active_runs: int
+    max_history_bytes: int
+    cancel_grace: float
+
+
+class Stop(StrEnum):
+    """Why a run is told to stop."""
+
+    CANCELLED = "cancelled"
+    DELETED = "deleted"
+    FENCED = "fenced"
+    SHUTDOWN = "shutdown"
+
+
+class Runner:
+    """Runs agents, and carries out the commands that concern runs. Use it with ``async with``."""
+
+    def __init__(
+        self, store: Store, ledger: Ledger, hub: Hub, bus: Bus, agent: Agent, metrics: Metrics, limits: RunnerLimits
+    ) -> None:
+        self._store = store
+        self._ledger = ledger
+        self._hub = hub
+        self._bus = bus
+        self._agent = agent
+        self._metrics = metrics
+        self._limits = limits
+        self._runs: dict[str, asyncio.Task[None]] = {}
+        self._stops: dict[str, asyncio.Future[Stop]] = {}
+        self._stubborn: set[asyncio.Task[None]] = set()
+        self._wake = asyncio.Event()
+        self._claiming = asyncio.Lock()
+        self.draining = False
+        # Runs that had their time to end at shutdown and could not, as when the disk is full; they get no second one.
+        self._given_up: set[str] = set()
+        self._keeper: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Self:
+        """Repairs what a crash left, then begins to claim."""
+        await self._recover()
+        self._bus.subscribe(self._on_wake_up)
+        self._wake.set()
+        works = (self._claim_forever, self._sweep_forever)
+        self._keeper = [asyncio.create_task(self._keep(work), name=work.__name__) for work in works]
+        return self
+
+    async def _keep(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Does a piece of work without which the process is of no use: after a defect in it, the process ends."""
+        try:
+            await work()
+        except Exception as error:
+            log.error("task_failed", task=work.__name__, **without_words(error))  # noqa: TRY400  # no message
+            self._store.fail(type(error).__name__)
+
+    async def __aexit__(
+        self, _type: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        """Interrupts what still runs, and stops."""
+        await self.drain(0)
+        for task in self._keeper:
+            task.cancel()
+        await asyncio.gather(*self._keeper, return_exceptions=True)
+
+    # Wake-ups
+
+    def _on_wake_up(self, wake_up: WakeUp, is_remote: bool = False) -> None:
+        match wake_up:
+            case RunQueued() if is_remote:
+                # The node that took the message is about to claim it; the others look whether it could not.
+                asyncio.get_running_loop().call_later(_OTHERS_FIRST_SECONDS, self._wake.set)
+            case RunQueued():
+                self._wake.set()
+            case CancelRequested(run_id):
+                self._stop(run_id, Stop.CANCELLED)
+            case RunDeleted(run_id):
+                self._stop(run_id, Stop.DELETED)
+
+    def _stop(self, run_id: str, reason: Stop) -> None:
+        stop = self._stops.get(run_id)
+        if stop is not None and not stop.done():
+            stop.set_result(reason)
+
+    # Recovery
+
+    async def _recover(self) -> None:
+        """Brings the runs that dead processes left running to their ends; queued ones will be claimed again."""
+        while await self._reap():
+            pass
+        if not self._store.shared:
+            for run in await self._store.queued_runs():
+                self._hub.open_message(run.owner, run.context_id, run.message_id)
+
+    async def _reap(self) -> int:
+        """Ends runs that nobody holds any more, and says so to whoever follows them; how many."""
+        ended = 0
+        for run in await self._store.expired_runs(_REAP_LIMIT):
+            transition = await self._store.expire_run(run)
+            if transition is None:
+                continue  # Another node was quicker, or its own node is about to end it.
+            ended += 1
+            is_interrupted = transition.state is State.FAILED
+            outcome, code = (Outcome.FAILED, INTERRUPTED.code) if is_interrupted else (Outcome.STOPPED, "")
+            self._metrics.runs_ended.labels(outcome, code).inc()
+            self._hub.publish_transition(run.owner, transition)
+        if ended:
+            log.warning("runs_interrupted", runs=ended)
+        return ended
+
+    # Claiming
+
+    async def _claim_forever(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            try:
+                async with self._claiming:
+                    await self._claim()
+            except PASSING as error:
+                log.warning("claim_delayed", code=error.code)
+            except StorageBroken:
+                return
+
+    async def _sweep_forever(self) -> None:
+        """Looks by itself for what a wake-up should have told, and for runs of dead nodes."""
+        while True:
+            await asyncio.sleep(_SWEEP_SECONDS)
+            self._wake.set()
+            try:
+                await self._stop_told_runs()
+                if self._store.shared:
+                    await self._reap()
+                    await self._check_epoch()
+            except (*PASSING, StorageBroken) as error:
+                log.warning("sweep_delayed", code=error.code)
+
+    async def _stop_told_runs(self) -> None:
+        """Stops the runs here that were told to stop, and those that are gone."""
+        ours = list(self._stops)
+        if not ours:
+            return
+        states = await self._store.running_states()
+        for run_id in ours:
+            if run_id not in states:
+                self._stop(run_id, Stop.FENCED)
+            elif states[run_id] is State.CANCELLING:
+                self._stop(run_id, Stop.CANCELLED)
+
+    async def _check_epoch(self) -> None:
+        """Ends the process when the database's history may be another one: what memory holds is of the old one."""
+        if await self._store.current_epoch() != self._store.epoch:
+            log.critical("epoch_changed")
+            self._store.fail("the epoch of the database changed")
+
+    async def _claim(self) -> None:
+        room = self._limits.max_active_runs - len(self._runs)
+        if self.draining or room <= 0:
+            return
+        limit = min(room, _CLAIM_LIMIT)
+        claimed = await self._store.claim_runs(limit)
+        for run, transition in claimed:
+            self._start(run, transition)
+        if len(claimed) == limit:
+            self._wake.set()
+
+    def _start(self, run: Run, transition: Transition) -> None:
+        self._stops[run.id] = asyncio.get_running_loop().create_future()
+        reply = self._ledger.begin(run, on_fenced=lambda: self._stop(run.id, Stop.FENCED))
+        self._hub.publish_transition(run.owner, transition)
+        task = asyncio.create_task(self._supervise(run, reply), name=f"run {run.id}")
+        self._runs[run.id] = task
+        self._metrics.active_runs.set(len(self._runs))
+        task.add_done_callback(lambda _: self._finished(run.id))
+
+    def _finished(self, run_id: str) -> None:
+        del self._runs[run_id], self._stops[run_id]
+        self._metrics.active_runs.set(len(self._runs))
+        self._wake.set()
+
+    # One run
+
+    async def _supervise(self, run: Run, reply: OpenReply) -> None:
+        """Drives one run to its end, whatever its agent does."""
+        stop = self._stops[run.id]
+        driver = asyncio.create_task(self._drive(run, reply), name=f"agent of run {run.id}")
+        driver.add_done_callback(_mark_as_seen)
+        waited: set[asyncio.Future[Any]] = {driver, stop}
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+        if not driver.done():
+            driver.cancel()
+            await asyncio.wait({driver}, timeout=self._limits.cancel_grace)
+        if not driver.done():
+            self._leave_behind(driver, run)
+        reason = stop.result() if stop.done() else None
+        if reason in (Stop.DELETED, Stop.FENCED):
+            if reason is Stop.FENCED and not reply.fenced:  # Else the ledger has found it out, and said so.
+                log.warning("run_fenced", run_id=run.id, context_id=run.context_id, attempt=run.attempt)
+            self._ledger.drop(reply)
+            return
+        outcome, failure = self._verdict(run, driver, reason)
+        try:
+            await self._ledger.end(reply, outcome, failure)
+        except (Fenced, StorageBroken) as error:
+            log.warning("run_not_ended", run_id=run.id, context_id=run.context_id, code=error.code)
+            return
+        code = failure.code if failure and outcome is Outcome.FAILED else ""
+        self._metrics.runs_ended.labels(outcome, code).inc()
+
+    def _leave_behind(self, driver: asyncio.Task[None], run: Run) -> None:
+        """Goes on without an agent that does not stop; what it still yields is refused."""
+        log.error("agent_ignores_cancellation", run_id=run.id, context_id=run.context_id)
+        self._stubborn.add(driver)
+        driver.add_done_callback(self._stubborn.discard)
+
+    def _verdict(self, run: Run, driver: asyncio.Task[None], reason: Stop | None) -> tuple[Outcome, Failure | None]:
+        """How the run ended by what its driver did, and by why it was stopped if it was."""
+        if reason is Stop.CANCELLED:
+            return Outcome.STOPPED, INTERRUPTED
+        if not driver.done() or (driver.cancelled() and reason is Stop.SHUTDOWN):
+            return Outcome.FAILED, INTERRUPTED
+        # An agent may also be cancelled by itself, by what it awaited.
+        error = asyncio.CancelledError() if driver.cancelled() else driver.exception()
+        if error is None:
+            return Outcome.SUCCEEDED, None
+        if isinstance(error, ReplyTooLarge):
+            return Outcome.FAILED, Failure(code=error.code, detail=str(error))
+        if isinstance(error, Unavailable | StorageBroken):
+            return Outcome.FAILED, INTERRUPTED
+        # The type and the place, never the message: it may hold what was said.
+        log.error(
+            "agent_failed", run_id=run.id, context_id=run.context_id, error=type(error).__name__, at=_place_of(error)
+        )
+        return Outcome.FAILED, Failure(code="agent-error", detail="The agent failed while it was writing this reply.")
+
+    async def _drive(self, run: Run, reply: OpenReply) -> None:
+        """Hands the agent its history and the ledger its deltas."""
+        history = await self._history(run)
+        agent_run = AgentRun(
+            run_id=run.id,
+            context_id=run.context_id,
+            message_id=run.message_id,
+            attempt=run.attempt,
+            mode=run.mode,
+            metadata=run.metadata,
+        )
+        async with aclosing(deltas_of(self._agent, history, agent_run)) as deltas:
+            async for delta in deltas:
+                await self._ledger.append(reply, delta)
+
+    async def _history(self, run: Run) -> list[Turn]:
+        """What the agent answers; waits for a database that is away for a moment."""
+        for seconds in _RETRY_SECONDS:
+            try:
+                return await self._store.history(run, max_bytes=self._limits.max_history_bytes)
+            except Unavailable:
+                await asyncio.sleep(seconds)
+        return await self._store.history(run, max_bytes=self._limits.max_history_bytes)
+
+    # Shutdown
+
+    async def drain(self, grace_seconds: float) -> None:
+        """Claims nothing more, lets running replies finish for a while, and interrupts the rest.
+
+        Queued runs stay queued: the next process claims them.
+        """
+        self.draining = True
+        async with self._claiming:
+            pass  # What is being claimed now is a run of this process, which has to end.
+        if self._runs and grace_seconds > 0:
+            log.info("waiting_for_runs", runs=len(self._runs), grace_seconds=grace_seconds)
+            await asyncio.wait(self._runs.values(), timeout=grace_seconds)
+        ending = [task for run_id, task in self._runs.items() if run_id not in self._given_up]
+        if ending:
+            log.info("interrupting_runs", runs=len(ending))
+        for run_id in list(self._stops):
+            self._stop(run_id, Stop.SHUTDOWN)
+        if ending:
+            await asyncio.wait(ending, timeout=self._limits.cancel_grace + 0.5)
+        self._given_up = set(self._runs)
+        self._bus.publish(RunQueued())  # Whatever is queued, other nodes may claim.
+
+
+def _mark_as_seen(driver: asyncio.Task[None]) -> None:
+    """Keeps asyncio from logging what an agent raised after it was stopped: its text may hold what was said."""
+    if not driver.cancelled():
+        driver.exception()
+
+
+def _place_of(error: BaseException) -> str:
+    """``file:line`` where the error was raised."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return "unknown" if trace is None else f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"

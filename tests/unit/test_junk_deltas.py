@@ -1,0 +1,41 @@
+"""What an agent yields is checked before it can touch another reply."""
+
+import pytest
+
+from context_server.records import ChunkKind, Delta
+from tests.unit.rooms import open_rooms
+
+JUNK = [
+    Delta(ChunkKind.STEP, data=[1, 2]),
+    Delta(ChunkKind.STEP, data="abc"),
+    Delta(ChunkKind.STEP, text="no object"),
+    Delta(ChunkKind.TEXT, data={"no": "text"}),
+    Delta(ChunkKind.TEXT, text=7),
+    Delta("unheard of", text="word"),
+    {"no": "delta"},
+    b"bytes",
+]
+
+
+@pytest.mark.parametrize("junk", JUNK, ids=repr)
+async def test_a_junk_delta_fails_its_own_reply_and_no_other(tmp_path, junk):
+    async def agent(history, _run):
+        yield "word"
+        if history[-1].text == "junk":
+            yield junk
+
+    async with open_rooms(tmp_path, agent) as rooms:
+        bad, good = await rooms.post("junk"), await rooms.post("please")
+        failed = await rooms.ended(bad)
+        assert (failed.error.code, failed.content) == ("agent-error", "word")
+        assert (await rooms.ended(good)).content == "word"
+
+
+@pytest.mark.parametrize("leaving", [SystemExit, KeyboardInterrupt])
+async def test_an_agent_that_would_end_the_process_fails_alone(tmp_path, leaving):
+    async def agent(_history, _run):
+        yield "word"
+        raise leaving
+
+    async with open_rooms(tmp_path, agent) as rooms:
+        assert (await rooms.ended(await rooms.post())).error.code == "agent-error"
