@@ -1,0 +1,1 @@
+"""The wire contract: the only rooms that know HTTP."""
