@@ -1,0 +1,146 @@
+"""An agent that does what the message says: a JSON list of steps, such as ``[["text", "a"], ["wait", "gate"]]``.
+
+Gates and marks are files in the server's working directory: ``wait`` goes on when the test has made the file, ``mark``
+makes one for the test to see.
+"""
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+from context_server.agents import AgentRun
+from context_server.records import ChunkKind, Delta, Turn
+
+UNCLEAN_TEXT = "nul \x00, surrogate \ud800, pair \U0001f600 "
+"""What an agent may yield though no database or encoder takes it."""
+RUBBISH: dict[str, Any] = {"number": 7, "none": None, "bytes": b"text", "list": ["text"]}
+
+
+async def scripted(history: Sequence[Turn], run: AgentRun) -> AsyncIterator[Delta | str]:
+    """Do the steps of the last message, in order."""
+    for verb, *arguments in json.loads(history[-1].text):
+        async with aclosing(_STEPS[verb](*arguments)) as deltas:
+            async for delta in deltas:
+                yield delta
+
+
+async def _text(*words: str) -> AsyncGenerator[str, None]:
+    for word in words:
+        yield word
+
+
+async def _textual(kind: str, text: str) -> AsyncGenerator[Delta, None]:
+    yield Delta(ChunkKind(kind), text)
+
+
+async def _data(kind: str, data: dict[str, Any]) -> AsyncGenerator[Delta, None]:
+    yield Delta(ChunkKind(kind), None, data)
+
+
+async def _unclean() -> AsyncGenerator[Delta | str, None]:
+    yield UNCLEAN_TEXT
+    yield Delta(ChunkKind.TOOL_CALL, None, {"id": "1", "name": UNCLEAN_TEXT, "arguments": {UNCLEAN_TEXT: 1}})
+    yield Delta(ChunkKind.TOOL_RESULT, None, {"id": "1", "result": [UNCLEAN_TEXT]})
+
+
+async def _rubbish(name: str) -> AsyncGenerator[Any, None]:
+    yield RUBBISH[name]
+
+
+async def _wait(gate: str) -> AsyncGenerator[str, None]:
+    while not Path(gate).exists():  # noqa: ASYNC110, ASYNC240  # The test is another process.
+        await asyncio.sleep(0.005)
+    return
+    yield
+
+
+async def _mark(name: str) -> AsyncGenerator[str, None]:
+    Path(name).write_text("done")  # noqa: ASYNC240
+    return
+    yield
+
+
+async def _hold(gate: str, mark: str) -> AsyncGenerator[str, None]:
+    """Waits at a gate; marks that it was told to stop."""
+    try:
+        async for text in _wait(gate):
+            yield text
+    except asyncio.CancelledError:
+        Path(mark).write_text("told to stop")  # noqa: ASYNC240
+        raise
+
+
+async def _stubborn(gate: str, text: str, mark: str) -> AsyncGenerator[str, None]:
+    """Waits at a gate, whatever it is told, and then yields; marks what became of that."""
+    while not Path(gate).exists():  # noqa: ASYNC240
+        try:
+            await asyncio.sleep(0.005)
+        except asyncio.CancelledError:
+            continue
+    try:
+        yield text
+    finally:
+        Path(mark).write_text("refused")  # noqa: ASYNC240
+
+
+async def _fail(text: str) -> AsyncGenerator[str, None]:
+    raise RuntimeError(text)
+    yield
+
+
+async def _exit() -> AsyncGenerator[str, None]:
+    sys.exit("of the exception")
+    yield
+
+
+async def _fail_when_stopped(gate: str, text: str) -> AsyncGenerator[str, None]:
+    try:
+        async for nothing in _wait(gate):
+            yield nothing
+    finally:
+        raise RuntimeError(text)
+
+
+async def _words(count: int, seconds: float) -> AsyncGenerator[str, None]:
+    """``0 1 2 … `` over some seconds, each word a delta."""
+    for number in range(count):
+        yield f"{number} "
+        await asyncio.sleep(seconds / count)
+
+
+async def _endless(size: int, mark: str) -> AsyncGenerator[str, None]:
+    try:
+        while True:
+            yield "x" * size
+    finally:
+        Path(mark).write_text("closed")  # noqa: ASYNC240
+
+
+async def _flood(count: int, size: int, progress: str) -> AsyncGenerator[str, None]:
+    """``count`` numbered lines of ``size`` characters at once; a file says how many the server has taken."""
+    for number in range(count):
+        yield f"{number:0{size - 1}d}\n"
+        Path(progress).write_text(str(number + 1))  # noqa: ASYNC240
+
+
+_STEPS: dict[str, Callable[..., AsyncGenerator[Any, None]]] = {
+    "text": _text,
+    "textual": _textual,
+    "data": _data,
+    "unclean": _unclean,
+    "rubbish": _rubbish,
+    "wait": _wait,
+    "mark": _mark,
+    "hold": _hold,
+    "stubborn": _stubborn,
+    "fail": _fail,
+    "exit": _exit,
+    "fail_when_stopped": _fail_when_stopped,
+    "words": _words,
+    "endless": _endless,
+    "flood": _flood,
+}
