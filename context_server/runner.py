@@ -185,10 +185,17 @@ class Runner:
             try:
                 await self._stop_told_runs()
                 if self._store.shared:
+                    await self._free_locks()
                     await self._reap()
                     await self._check_epoch()
             except (*PASSING, StorageBroken) as error:
                 log.warning("sweep_delayed", code=error.code)
+
+    async def _free_locks(self) -> None:
+        """Takes the locks from nodes that stand still: what they hold can be neither reaped nor written by others."""
+        ended = await self._store.house.end_stalled_sessions()
+        if ended:
+            log.warning("stalled_sessions_ended", sessions=ended)
 
     async def _stop_told_runs(self) -> None:
         """Stops the runs here that were told to stop, and those that are gone."""

@@ -6,6 +6,7 @@ from functools import partial
 from context_server.store import compaction, retention
 from context_server.store.compaction import Compacted
 from context_server.store.database import Database
+from context_server.store.dialects import dialect_of
 from context_server.store.keeping_statements import Place
 from context_server.store.retention import ExpiredContext
 
@@ -32,6 +33,10 @@ class Housekeeping:
     async def clear_contexts(self) -> bool:
         """Deletes some rows of expired contexts; whether there were any."""
         return await self._database.write(retention.clear_contexts)
+
+    async def end_stalled_sessions(self) -> int:
+        """Frees what nodes have locked that stand still in the middle of a statement; how many sessions that ended."""
+        return await self._database.write(lambda connection: dialect_of(connection).end_stalled_sessions(connection))
 
 
 def _clock_ms() -> int:

@@ -39,6 +39,10 @@ class Dialect(Protocol):
         """Adds the chunks of a batch, in one statement."""
         ...
 
+    def end_stalled_sessions(self, connection: Connection) -> int:
+        """Ends sessions of nodes that stand still in the middle of a statement, and hold locks; how many."""
+        ...
+
     def version_of(self, connection: Connection) -> str:
         """The version of the database: ``3.40.1``, ``15.8``."""
         ...

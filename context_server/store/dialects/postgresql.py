@@ -30,13 +30,18 @@ COMMAND_SECONDS = 12.0
 """How long a statement may take before its connection is given up: the network may be gone without a word."""
 POOL_SECONDS = 5.0
 
+_APPLICATION_NAME = "context-server"
 _SERVER_SETTINGS = {
-    "application_name": "context-server",
+    "application_name": _APPLICATION_NAME,
     "synchronous_commit": "on",
     "statement_timeout": "10000",
     "lock_timeout": "4000",
     # A node that was stopped in the middle of a transaction must not hold its rows until it goes on.
     "idle_in_transaction_session_timeout": "5000",
+    # A node whose machine or network is gone without a word: its sessions end, and their locks with them.
+    "tcp_keepalives_idle": "5",
+    "tcp_keepalives_interval": "2",
+    "tcp_keepalives_count": "3",
     "jit": "off",  # Every statement here is short: compiling one costs more than running it.
     # Every statement here finds its rows by an index. A plan that was made while a table was small, and reads all of
     # it, is kept while it grows: 165 ms with 300,000 chunks in place of 0.5, until the statistics had caught up.
@@ -118,6 +123,26 @@ def lock_key(connection: Connection, owner: str, key: str) -> None:
 def lock_schema(connection: Connection) -> None:
     """Locks a number: there may be no table yet."""
     connection.execute(_LOCK_NUMBER, {"number": _SCHEMA_LOCK})
+
+
+_END_STALLED_SESSIONS = text("""
+SELECT count(pg_terminate_backend(pid))
+FROM pg_stat_activity
+WHERE datname = current_database() AND usename = current_user AND application_name = :application_name
+  AND state = 'active' AND wait_event = 'ClientRead'
+  AND state_change < clock_timestamp() - :stalled_ms * interval '1 millisecond'
+""")
+_STALLED_MS = 3000
+
+
+def end_stalled_sessions(connection: Connection) -> int:
+    """Ends sessions of nodes that have stood still in the middle of a statement for 3 s; how many.
+
+    Between the messages of one statement (Parse, Bind, Execute) a session is neither idle in its transaction nor
+    executing, so that no time-out of the server holds, and the rows that its transaction has locked stay locked.
+    """
+    values = {"application_name": _APPLICATION_NAME, "stalled_ms": _STALLED_MS}
+    return int(connection.execute(_END_STALLED_SESSIONS, values).scalar_one())
 
 
 def version_of(connection: Connection) -> str:

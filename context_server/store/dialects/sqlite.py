@@ -143,6 +143,11 @@ def lock_schema(_connection: Connection) -> None:
     """Nothing, for the same reason."""
 
 
+def end_stalled_sessions(_connection: Connection) -> int:
+    """There are none: no other process has the file."""
+    return 0
+
+
 def version_of(_connection: Connection) -> str:
     """The version of the library."""
     return sqlite3.sqlite_version
