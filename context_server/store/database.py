@@ -77,6 +77,10 @@ class Database(ABC):
         """As ``write``, for the group commit, which must not queue behind everybody's commands."""
         return await self.write(work)
 
+    async def alter(self, work: Callable[[Connection], T]) -> T:
+        """As ``write``, once, for a change of the schema, which may take as long as the tables are large."""
+        return await self.write(work)
+
     @abstractmethod
     async def prepare(self) -> None:
         """Opens what is needed for reading, so that nothing is opened in the middle of work."""
@@ -196,6 +200,7 @@ class PostgresDatabase(Database):
 
     def __init__(self, url: URL, connections: int) -> None:
         super().__init__("postgresql")
+        self._url = url
         writers = max(1, (connections - 1) // 2)
         self._appender = postgresql.open_writers(url, 1)
         self._writers = postgresql.open_writers(url, writers)
@@ -224,7 +229,22 @@ class PostgresDatabase(Database):
 
     async def read(self, work: Callable[[Connection], T]) -> T:
         """Runs ``work`` on one of the readers' connections."""
-        return await self._finished(self._run(self._readers, work))
+        try:
+            return await self._finished(self._run(self._readers, work))
+        except OutcomeUnknown as error:  # It has changed nothing, whatever became of its COMMIT.
+            raise DatabaseUnreachable("the connection was lost") from error
+
+    async def alter(self, work: Callable[[Connection], T]) -> T:
+        """Runs ``work`` on a connection of its own, without a limit of time but for locks."""
+        engine = postgresql.open_writers(self._url, 1, is_patient=True)
+        try:
+            return await self._finished(_transaction(engine, work))
+        except _LOST as error:
+            raise DatabaseUnreachable(postgresql.reason_of(error)) from error
+        except DBAPIError as error:
+            raise postgresql.named_failure(error) or error from error
+        finally:
+            await engine.dispose()
 
     async def _write(self, engine: "AsyncEngine", work: Callable[[Connection], T]) -> T:
         if self.broken is not None:
@@ -251,6 +271,9 @@ class PostgresDatabase(Database):
                         return await _transaction(engine, work)
                     except DBAPIError as error:
                         if not (postgresql.is_repeatable(error) or postgresql.is_disconnect(error)):
+                            raise
+                    except OutcomeUnknown:
+                        if engine is not self._readers:
                             raise
                 return await _transaction(engine, work)
         except _LOST as error:

@@ -52,7 +52,7 @@ async def change_schema(database_url: str, target: str, *, down: bool) -> tuple[
         return before, migrating.revision_of(connection)
 
     async with open_database(database_url) as database:
-        return await database.write(work)
+        return await database.alter(work)
 
 
 async def renew_epoch(database_url: str) -> str:

@@ -5,10 +5,12 @@ import asyncio
 import pytest
 from sqlalchemy import make_url
 
-from context_server.errors import DatabaseUnreachable, OutcomeUnknown
+from context_server.errors import DatabaseBusy, DatabaseUnreachable, OutcomeUnknown
 from context_server.records import ChunkKind, Delta, MessageStatus, Outcome
 from context_server.store import Store
 from context_server.store.conversations import Post
+from context_server.store.database import open_database
+from context_server.store.dialects import postgresql
 from context_server.store.idempotency import Once, Replayed
 from tests.chaos.proxy import Proxy
 from tests.databases import run_beside
@@ -82,6 +84,37 @@ async def test_a_command_whose_answer_was_lost_is_done_once(database_url, far_ur
         with pytest.raises(Replayed):
             await store.post_message(OWNER, context.id, Post(text="Hello"), once=once)
     assert run_beside(database_url, "SELECT count(*) FROM messages") == [(2,)]
+
+
+async def test_a_read_whose_last_answer_was_lost_is_read_again(far_url, network):
+    reads = 0
+
+    def work(connection):
+        nonlocal reads
+        reads += 1
+        return connection.exec_driver_sql("SELECT 1").scalar_one()
+
+    async with Store.open(far_url, connections=4) as store:
+        network.lose_answers_to(b"COMMIT;")
+        reading = asyncio.create_task(store._read(work))
+        await asyncio.wait([reading], timeout=1.0)
+        assert (reading.done(), reads) == (False, 1)
+        network.lose_nothing()
+        network.reset()
+        assert (await reading, reads) == (1, 2)
+
+
+async def test_a_change_of_the_schema_may_take_long(database_url, monkeypatch):
+    monkeypatch.setitem(postgresql._SERVER_SETTINGS, "statement_timeout", "200")
+    monkeypatch.setattr(postgresql, "COMMAND_SECONDS", 0.5)
+
+    def work(connection):
+        return connection.exec_driver_sql("SELECT 1 FROM pg_sleep(0.8)").scalar_one()
+
+    async with open_database(database_url) as database:
+        with pytest.raises(DatabaseBusy):
+            await database.write(work)
+        assert await database.alter(work) == 1
 
 
 @pytest.mark.scenario("many-nodes", "Database unreachable")

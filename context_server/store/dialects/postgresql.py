@@ -71,9 +71,12 @@ def server_url(url: URL) -> URL:
     return url.set(drivername="postgresql+asyncpg")
 
 
-def open_writers(url: URL, connections: int) -> "AsyncEngine":
-    """The engine for transactions that write: READ COMMITTED, with row locks."""
-    return _open(url, connections, isolation_level="READ COMMITTED")
+def open_writers(url: URL, connections: int, *, is_patient: bool = False) -> "AsyncEngine":
+    """The engine for transactions that write: READ COMMITTED, with row locks.
+
+    ``is_patient``: a statement may take as long as it needs, as when a large table is changed.
+    """
+    return _open(url, connections, isolation_level="READ COMMITTED", is_patient=is_patient)
 
 
 def open_readers(url: URL, connections: int) -> "AsyncEngine":
@@ -82,7 +85,7 @@ def open_readers(url: URL, connections: int) -> "AsyncEngine":
     return engine.execution_options(postgresql_readonly=True)
 
 
-def _open(url: URL, connections: int, *, isolation_level: str) -> "AsyncEngine":
+def _open(url: URL, connections: int, *, isolation_level: str, is_patient: bool = False) -> "AsyncEngine":
     from sqlalchemy.ext.asyncio import create_async_engine
 
     return create_async_engine(
@@ -96,8 +99,8 @@ def _open(url: URL, connections: int, *, isolation_level: str) -> "AsyncEngine":
         isolation_level=isolation_level,
         connect_args={
             "timeout": CONNECT_SECONDS,
-            "command_timeout": COMMAND_SECONDS,
-            "server_settings": _SERVER_SETTINGS,
+            "command_timeout": None if is_patient else COMMAND_SECONDS,
+            "server_settings": _SERVER_SETTINGS | ({"statement_timeout": "0"} if is_patient else {}),
         },
         hide_parameters=True,  # An error's text must not carry what was said.
     )
