@@ -136,7 +136,7 @@ class Keeper:
         return bool(expired)
 
     async def _clear_contexts(self) -> bool:
-        """Deletes the rows of contexts that have expired, also of those that another process has left."""
+        """Deletes the rows of contexts that are gone, also of those that another process has left."""
         return await self._store.house.clear_contexts()
 
 

@@ -140,6 +140,16 @@ def delete_context(context_id: str) -> Bound:
     return _DELETE_CONTEXT, {"key_id": context_id}
 
 
+_COUNT_CHUNKS = select(func.coalesce(func.sum(messages.c.sequence), 0)).where(
+    messages.c.context_id == bindparam("key_context_id")
+)
+
+
+def count_chunks(context_id: str) -> Bound:
+    """How many chunks the messages of a context have, compacted or not; unique index context, position."""
+    return _COUNT_CHUNKS, {"key_context_id": context_id}
+
+
 # Messages
 
 _INSERT_MESSAGES = insert(messages)

@@ -6,8 +6,9 @@ import pytest
 
 from context_server.errors import ContextNotFound
 from context_server.records import Outcome
-from context_server.store import Store, retention
+from context_server.store import Store, conversations, retention
 from context_server.store.conversations import Post
+from context_server.store.execution import BatchRefused, Standing
 from context_server.store.reading import Subscription
 from tests.store.compacting import Interrupted, compact_all, interrupted_at, written
 from tests.store.writing import OWNER, claim, exchange, post, start
@@ -65,6 +66,32 @@ async def test_an_expired_context_is_gone_at_once_and_its_rows_in_small_steps(st
         before, steps = after, steps + 1
     assert set(counted().values()) == {0}
     assert steps >= 4
+
+
+@pytest.mark.scenario("retention", "Deletion of a long context")
+@pytest.mark.parametrize("limit", [50, 1000])
+async def test_a_long_context_that_its_owner_deletes_goes_in_small_steps(store, counted, monkeypatch, limit):
+    monkeypatch.setattr(conversations, "_CHUNKS_AT_ONCE", limit)
+    run = await written(store, ["word "] * 50)
+    deleted = await store.delete_context(OWNER, run.context_id)
+    assert deleted.id == run.context_id
+    await nobody_finds(store, run.context_id, run.message_id)
+    assert bool(counted()["chunks"]) is (limit == 50)
+    while await store.house.clear_contexts():
+        await nobody_finds(store, run.context_id, run.message_id)
+    assert set(counted().values()) == {0}
+
+
+async def test_a_long_context_with_a_run_is_deleted_at_once_and_its_run_fenced(store, counted, monkeypatch):
+    monkeypatch.setattr(conversations, "_CHUNKS_AT_ONCE", 10)
+    writer = await start(store)
+    await writer.write(*["word "] * 20)
+    await store.delete_context(OWNER, writer.run.context_id)
+    assert set(counted().values()) == {0}
+    late = writer.take("late")
+    with pytest.raises(BatchRefused):
+        await store.append([late])
+    assert await store.standings([late]) == [(Standing.FENCED, None)]
 
 
 @pytest.mark.scenario("retention", "Deletion interrupted")

@@ -11,11 +11,12 @@ from context_server.store import Store
 from context_server.store.conversations import Post
 from context_server.store.database import open_database
 from context_server.store.dialects import postgresql
+from context_server.store.execution import Lease
 from context_server.store.idempotency import Once, Replayed
 from tests.chaos.proxy import Proxy
 from tests.databases import run_beside
 from tests.store.writing import OWNER
-from tests.unit.rooms import ledger_limits, open_rooms, until
+from tests.unit.rooms import open_rooms, until
 
 pytestmark = pytest.mark.only("postgresql")
 
@@ -45,7 +46,7 @@ def holds(database_url, query: str):
 @pytest.mark.scenario("many-nodes", "Commit with an unknown outcome")
 @pytest.mark.parametrize("ends", [False, True])
 async def test_a_commit_whose_answer_was_lost_is_found_and_not_repeated(tmp_path, database_url, far_url, network, ends):
-    async with open_rooms(tmp_path, database_url=far_url, ledger=ledger_limits(renewal=0.2)) as rooms:
+    async with open_rooms(tmp_path, database_url=far_url, lease=Lease(node_id="here", lease_ms=600_000)) as rooms:
         reply = await rooms.begin()
         message_id = reply.run.message_id
         await rooms.ledger.append(reply, Delta(ChunkKind.TEXT, "before "))

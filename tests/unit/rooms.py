@@ -21,6 +21,7 @@ from context_server.reply import OpenReply
 from context_server.runner import Runner, RunnerLimits
 from context_server.store import Store
 from context_server.store.conversations import Post
+from context_server.store.execution import Lease
 
 OWNER = "local"
 DEADLINE_SECONDS = 60.0
@@ -134,12 +135,13 @@ async def open_rooms(
     bus: Bus | None = None,
     ledger: LedgerLimits | None = None,
     runner: RunnerLimits | None = None,
+    lease: Lease | None = None,
 ) -> AsyncIterator[Rooms]:
     """The rooms on ``folder``'s database, or another. Without an agent no runner runs, and the test is the writer."""
     url = database_url or f"sqlite:///{folder / 'context-server.db'}"
     metrics = Metrics()
     async with AsyncExitStack() as stack:
-        store = await stack.enter_async_context(Store.open(url, connections=4))
+        store = await stack.enter_async_context(Store.open(url, connections=4, lease=lease))
         hub = Hub(Pacing(), metrics, asyncio.get_running_loop().time)
         recent = RecentChunks(recent_bytes, metrics)
         writer = await stack.enter_async_context(Ledger(store, hub, recent, metrics, ledger or ledger_limits()))
