@@ -17,7 +17,7 @@ _COMMON = settings(
     stateful_step_count=30,
     print_blob=True,
 )
-settings.register_profile("suite", _COMMON, max_examples=100, derandomize=True, database=None)
+settings.register_profile("suite", _COMMON, max_examples=50, derandomize=True, database=None)
 settings.register_profile("long", _COMMON, max_examples=3000)
 # Not by the plugin's option: then Hypothesis would choose a profile of its own where it finds itself in CI.
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
