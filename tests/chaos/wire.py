@@ -10,6 +10,8 @@ from typing import Any
 
 HOST = "127.0.0.1"
 ANSWER_SECONDS = 30.0
+REACHED_SECONDS = 120.0
+"""A safety net, on a machine that may be busy with other tests."""
 BROKEN = (OSError, EOFError, TimeoutError)
 """What a client meets when the server is killed: a refused or reset connection, or an answer that stops half-way."""
 
@@ -210,14 +212,14 @@ async def state_of(port: int, context_id: str) -> str:
     return str((await call(port, "GET", f"/contexts/{context_id}")).json["state"])
 
 
-async def until(condition: Callable[[], Awaitable[bool]], seconds: float = ANSWER_SECONDS) -> None:
+async def until(condition: Callable[[], Awaitable[bool]], seconds: float = REACHED_SECONDS) -> None:
     """Returns once the condition holds; asks again and again, since what it asks about is another process."""
     async with asyncio.timeout(seconds):
         while not await condition():  # noqa: ASYNC110  # Nothing in this process is told when it changes.
             await asyncio.sleep(0.01)
 
 
-async def reached(port: int, context_id: str, state: str, seconds: float = ANSWER_SECONDS) -> None:
+async def reached(port: int, context_id: str, state: str, seconds: float = REACHED_SECONDS) -> None:
     """Returns once the context is in the state."""
 
     async def there() -> bool:
