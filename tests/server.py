@@ -17,6 +17,7 @@ from tests.ports import free_port
 
 START_SECONDS = 90.0
 STOP_SECONDS = 60.0
+DATABASE_VARIABLE = "CONTEXT_SERVER_TEST_DATABASE"
 
 
 class Server:
@@ -37,7 +38,7 @@ class Server:
         self.database = directory / "context-server.db"
         self.log = directory / "server.log"
         self._holds = contextlib.ExitStack()
-        if "database" not in settings and os.environ.get("CONTEXT_SERVER_TEST_DATABASE") == "postgresql":
+        if "database" not in settings and os.environ.get(DATABASE_VARIABLE) == "postgresql":
             settings["database"] = self._holds.enter_context(new_database("postgresql", directory))
         settings.setdefault("database", self.database)
         given = str(settings["database"])

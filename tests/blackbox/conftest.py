@@ -1,4 +1,8 @@
-"""What the black-box tests share."""
+"""What the black-box tests share.
+
+Those of a module with ``DATABASES = KINDS`` are run with a server on each database; what a test can only show on one of
+them is marked: ``@pytest.mark.only("sqlite")``.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,7 +10,29 @@ from pathlib import Path
 import pytest
 
 from tests.blackbox.calls import SCRIPTED
-from tests.server import Server
+from tests.server import DATABASE_VARIABLE, Server
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    kinds = getattr(metafunc.module, "DATABASES", ())
+    if kinds:
+        only = metafunc.definition.get_closest_marker("only")
+        metafunc.parametrize(
+            "database_kind",
+            [kind for kind in kinds if only is None or kind in only.args],
+            scope="module",
+            indirect=True,
+        )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def database_kind(request: pytest.FixtureRequest) -> Iterator[str | None]:
+    """The database of the servers that are started without naming one; None for that of the surroundings."""
+    kind = getattr(request, "param", None)
+    with pytest.MonkeyPatch.context() as patch:
+        if kind is not None:
+            patch.setenv(DATABASE_VARIABLE, kind)
+        yield kind
 
 
 @pytest.fixture
@@ -17,14 +43,14 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def metronome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The same for all tests of a module; nobody stops it."""
+def metronome(database_kind: str | None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The same for all tests of a module on one database; nobody stops it."""
     with Server(tmp_path_factory.mktemp("metronome"), agent="metronome") as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server whose agent does what it is told, for all tests of a module; nobody stops it."""
+def scripted(database_kind: str | None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server whose agent does what it is told, for all tests of a module on one database; nobody stops it."""
     with Server(tmp_path_factory.mktemp("scripted"), agent=SCRIPTED) as running:
         yield running

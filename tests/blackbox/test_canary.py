@@ -7,7 +7,10 @@ from urllib.parse import quote
 import pytest
 
 from tests.blackbox.calls import PATIENCE_MS, SCRIPTED, Calls, script
+from tests.databases import KINDS
 from tests.server import Server
+
+DATABASES = KINDS
 
 CANARY = "xylographer"
 

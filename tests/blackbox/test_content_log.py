@@ -12,7 +12,10 @@ from context_server.store import Store
 from tests.blackbox.calls import SCRIPTED, Calls, eventually, faults, release, script
 from tests.blackbox.scripted import UNCLEAN_TEXT
 from tests.blackbox.wire import PAGE_BYTES, digest_of, pages, problem, reached, rows, text_of, wheres
+from tests.databases import KINDS
 from tests.server import Server
+
+DATABASES = KINDS
 
 ODD_TEXT = (
     "nul \x00, low \udc00, high \ud83d, pair \U0001f600, family \U0001f469\u200d\U0001f467, n\u0303, \ufeff, \uffff"
@@ -22,7 +25,7 @@ STORED_UNCLEAN = UNCLEAN_TEXT.replace("\x00", "\ufffd").replace("\ud800", "\ufff
 
 
 @pytest.fixture(scope="module")
-def calls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calls]:
+def calls(database_kind: str | None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calls]:
     with Server(tmp_path_factory.mktemp("log"), agent=SCRIPTED, log_format="json") as server:
         yield Calls(server)
         assert faults(server) == [line for line in faults(server) if '"agent_failed"' in line]

@@ -30,7 +30,10 @@ from tests.blackbox.wire import (
     wheres,
     written,
 )
+from tests.databases import KINDS
 from tests.server import Server
+
+DATABASES = KINDS
 
 WAIT_SECONDS = 30
 """The longest that a pull may wait. One that is over in half of it was told, and did not wait to its end."""
@@ -44,7 +47,7 @@ FIELDS = {
 
 
 @pytest.fixture(scope="module")
-def calls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calls]:
+def calls(database_kind: str | None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calls]:
     with Server(tmp_path_factory.mktemp("pull"), agent=SCRIPTED, log_format="json") as server:
         yield Calls(server)
         assert faults(server) == [line for line in faults(server) if '"agent_failed"' in line]
@@ -394,6 +397,7 @@ def cost_of(server: Server, statement: str, parameters: Any) -> tuple[int, list[
     return steps, plan
 
 
+@pytest.mark.only("sqlite")
 @pytest.mark.scenario("content-pull", "Pull of a long message")
 def test_a_pull_reads_nothing_before_what_is_asked_for(tmp_path: Path) -> None:
     server = Server(tmp_path, agent=SCRIPTED, log_format="json")

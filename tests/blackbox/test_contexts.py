@@ -15,7 +15,10 @@ from context_server.store.conversations import Post
 from tests.blackbox.calls import SCRIPTED, Answer, Calls, eventually, faults, release, script
 from tests.blackbox.sse import EventStream
 from tests.blackbox.wire import UNKNOWN_ID, message_body, problem, rows, together, wheres
+from tests.databases import KINDS
 from tests.server import Server
+
+DATABASES = KINDS
 
 UUID7 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
@@ -42,7 +45,7 @@ TRANSITIONS = """
 
 
 @pytest.fixture(scope="module")
-def calls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calls]:
+def calls(database_kind: str | None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calls]:
     with Server(tmp_path_factory.mktemp("contexts"), agent=SCRIPTED, log_format="json") as server:
         yield Calls(server)
         assert faults(server) == []
@@ -126,7 +129,7 @@ def everything_of(server: Server, context_id: str) -> list[Any]:
 
 
 async def _foreign_context(server: Server, text: str) -> Receipt:
-    async with Store.open(f"sqlite+aiosqlite:///{server.database}") as store:
+    async with Store.open(server.database_url) as store:
         context = await store.create_context("other", title="theirs", metadata={"private": True})
         receipt, _ = await store.post_message("other", context.id, Post(text=text))
         return receipt

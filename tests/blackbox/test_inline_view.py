@@ -8,11 +8,14 @@ import pytest
 from tests.blackbox.calls import SCRIPTED, Calls, faults, release, script
 from tests.blackbox.sse import EventStream
 from tests.blackbox.wire import STEPS, begin, message_body
+from tests.databases import KINDS
 from tests.server import Server
+
+DATABASES = KINDS
 
 
 @pytest.fixture(scope="module")
-def calls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calls]:
+def calls(database_kind: str | None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calls]:
     with Server(tmp_path_factory.mktemp("inline"), agent=SCRIPTED, log_format="json") as server:
         yield Calls(server)
         assert faults(server) == []

@@ -11,13 +11,16 @@ from typing import Any
 import pytest
 
 from tests.blackbox.calls import PATIENCE_MS, SCRIPTED, Calls, faults, release, script
+from tests.databases import KINDS
 from tests.server import Server
+
+DATABASES = KINDS
 
 SECOND = 1_000_000_000
 
 
 @pytest.fixture(scope="module")
-def calls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calls]:
+def calls(database_kind: str | None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calls]:
     settings = {"log_format": "json", "signal_patience_ms": PATIENCE_MS}
     with Server(tmp_path_factory.mktemp("runs"), agent=SCRIPTED, **settings) as server:
         yield Calls(server)

@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 
 from tests.blackbox.calls import PATIENCE_MS, SCRIPTED, Calls, eventually, faults, marked, release
+from tests.databases import KINDS, run_beside
 from tests.server import Server
+
+DATABASES = KINDS
 
 CANCEL_GRACE_SECONDS = 0.3
 MAX_REPLY_BYTES = 200_000
@@ -20,7 +23,7 @@ MAX_PENDING_BYTES = 32_768
 
 
 @pytest.fixture(scope="module")
-def calls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calls]:
+def calls(database_kind: str | None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calls]:
     settings = {
         "cancel_grace_seconds": CANCEL_GRACE_SECONDS,
         "max_reply_bytes": MAX_REPLY_BYTES,
@@ -152,6 +155,7 @@ def test_a_reply_has_an_end(calls: Calls) -> None:
     assert calls.context(context_id)["state"] == "failed"
 
 
+@pytest.mark.only("sqlite")
 @pytest.mark.scenario("runs", "Agent quicker than the disk")
 def test_an_agent_waits_for_the_disk(calls: Calls) -> None:
     context_id, lines, size = calls.create(), 190, 1000
@@ -206,12 +210,10 @@ def test_deleting_a_context_ends_everything_of_it(calls: Calls) -> None:
     assert rest[-1].data["version"] == version + 1
     assert marked(calls.server, "delete-told") == "told to stop"
     assert calls.call("GET", f"/contexts/{context_id}").status == 404
-    with contextlib.closing(sqlite3.connect(f"file:{calls.server.database}?mode=ro", uri=True)) as database:
-        for table in ("messages", "chunks", "runs"):
-            column = "message_id" if table == "chunks" else "context_id"
-            key = reply if table == "chunks" else context_id
-            query = f"SELECT count(*) FROM {table} WHERE {column} = ?"
-            assert database.execute(query, (key,)).fetchone() == (0,), table
+    for table in ("messages", "chunks", "runs"):
+        column = "message_id" if table == "chunks" else "context_id"
+        key = reply if table == "chunks" else context_id
+        assert run_beside(calls.server.database_url, f"SELECT count(*) FROM {table} WHERE {column} = ?", key) == [(0,)]
 
 
 @pytest.mark.scenario("runs", "Client disconnects in mid-reply")
@@ -235,6 +237,7 @@ INSERT_RUN = "INSERT INTO runs (id, context_id, message_id, status, attempt, cre
 INSERT_CHUNK = "INSERT INTO chunks (message_id, sequence, kind, text) VALUES (?, ?, 'text', 'x')"
 
 
+@pytest.mark.only("sqlite")
 @pytest.mark.scenario("runs", "Second active run")
 def test_the_database_itself_refuses_a_second_run(tmp_path: Path) -> None:
     with Server(tmp_path, agent=SCRIPTED, log_format="json", max_active_runs=1) as server:

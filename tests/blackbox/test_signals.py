@@ -7,13 +7,16 @@ import pytest
 
 from tests.blackbox.calls import PATIENCE_MS, SCRIPTED, Calls, faults, release
 from tests.blackbox.sse import Event, EventStream
+from tests.databases import KINDS
 from tests.server import Server
+
+DATABASES = KINDS
 
 HEARTBEAT_SECONDS = 0.2
 
 
 @pytest.fixture(scope="module")
-def calls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calls]:
+def calls(database_kind: str | None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calls]:
     directory = tmp_path_factory.mktemp("signals")
     settings = {"heartbeat_seconds": HEARTBEAT_SECONDS, "signal_patience_ms": PATIENCE_MS}
     with Server(directory, agent=SCRIPTED, log_format="json", **settings) as server:

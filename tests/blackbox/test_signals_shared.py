@@ -10,11 +10,14 @@ import pytest
 
 from tests.blackbox.calls import PATIENCE_MS, SCRIPTED, Calls, eventually, faults, release
 from tests.blackbox.sse import EventStream
+from tests.databases import KINDS
 from tests.server import Server
+
+DATABASES = KINDS
 
 
 @pytest.fixture(scope="module")
-def calls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calls]:
+def calls(database_kind: str | None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calls]:
     directory = tmp_path_factory.mktemp("shared")
     settings = {"heartbeat_seconds": 0.2, "signal_patience_ms": PATIENCE_MS}
     with Server(directory, agent=SCRIPTED, log_format="json", **settings) as server:
