@@ -1,7 +1,8 @@
 """Live conversations: how long a word takes from the agent to a client that pulls it, durably, at a given load.
 
     python -m tests.benchmarks.live --conversations 10,150,300 --rate 50 --seconds 20
-    python -m tests.benchmarks.live --database postgresql [--reader-elsewhere]
+    python -m tests.benchmarks.live --database sqlite,postgresql
+    python -m tests.benchmarks.live --database postgresql --reader-elsewhere
 
 Each conversation has one context, one subscriber and one connection for pulls; they start spread over a second. All
 words count, those of the start included, in which each conversation costs three requests and a claim on top; "steady"
@@ -28,7 +29,7 @@ from tests.databases import KINDS, new_database
 
 STAGGER_SECONDS = 1.0
 HEADER = (
-    "conversations", "words", "p50 ms", "p90 ms", "p99 ms", "max ms", "steady p50 / p99 ms",
+    "database", "conversations", "words", "p50 ms", "p90 ms", "p99 ms", "max ms", "steady p50 / p99 ms",
     "lost / repeated / out of order", "server CPU", "load CPU", "other CPU", "commits/s", "ms per commit",
     "chunks per commit", "pulls/s memory + database", "signals/s", "merged/s",
 )  # fmt: skip
@@ -107,36 +108,40 @@ def _row(count: int, tally: Tally, window: Window) -> list[object]:
     ]
 
 
+def _run(database: str, count: int, options: argparse.Namespace, *, is_first: bool) -> list[object]:
+    """One row, with a server and a database of its own."""
+    with report.work_directory() as name, ExitStack() as stack:
+        directory = Path(name)
+        url = stack.enter_context(new_database(database, directory)) if database == "postgresql" else None
+        if is_first:
+            report.announce(report.command_line("live"), directory, *report.server_version(url))
+        writer = server = stack.enter_context(running(directory, database=url))
+        if options.reader_elsewhere:
+            server = stack.enter_context(running(directory, database=url, core=1))
+        tally, window = uvloop.run(_measure(server, writer, count, options.rate, options.seconds))
+        if tally.faulty:
+            print(server.log_text()[-LOG_TAIL:], file=sys.stderr)
+        return [database, *_row(count, tally, window)]
+
+
 def main() -> None:
-    """Run the sweep with a fresh server and database for each count."""
+    """Run the sweep with a fresh server and database for each row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--conversations", default="10,150,300", help="counts, separated by commas")
     parser.add_argument("--rate", type=float, default=50, help="words a second of each")
     parser.add_argument("--seconds", type=float, default=20, help="length of each reply")
-    parser.add_argument("--database", choices=KINDS, default="sqlite", help="where the log is kept")
+    parser.add_argument("--database", default="sqlite", help=f"where the log is kept: {', '.join(KINDS)}, or both")
     parser.add_argument("--reader-elsewhere", action="store_true", help="read at another node than the one that writes")
     options = parser.parse_args()
-    if options.reader_elsewhere and options.database == "sqlite":
+    databases = options.database.split(",")
+    if unknown := set(databases) - set(KINDS):
+        parser.error(f"unknown database {', '.join(sorted(unknown))}; known are {', '.join(KINDS)}")
+    if options.reader_elsewhere and "sqlite" in databases:
         parser.error("--reader-elsewhere needs --database postgresql")
     counts = [int(count) for count in options.conversations.split(",")]
     allow_descriptors(4 * max(counts) + 100)
-    rows = []
-    for place, count in enumerate(counts):
-        with report.work_directory() as name:
-            directory = Path(name)
-            with ExitStack() as stack:
-                url = None
-                if options.database == "postgresql":
-                    url = stack.enter_context(new_database("postgresql", directory))
-                if place == 0:
-                    report.announce(report.command_line("live"), directory, *report.server_version(url))
-                writer = server = stack.enter_context(running(directory, database=url))
-                if options.reader_elsewhere:
-                    server = stack.enter_context(running(directory, database=url, core=1))
-                tally, window = uvloop.run(_measure(server, writer, count, options.rate, options.seconds))
-            if tally.faulty:
-                print(server.log_text()[-LOG_TAIL:], file=sys.stderr)
-            rows.append(_row(count, tally, window))
+    wanted = [(database, count) for count in counts for database in sorted(databases)]  # PostgreSQL's version first.
+    rows = [_run(*each, options, is_first=place == 0) for place, each in enumerate(wanted)]
     print(report.table(HEADER, rows))
 
 

@@ -61,7 +61,10 @@ async def kill(
         while time.monotonic() < until:
             await asyncio.sleep(dice.uniform(*pause_seconds))
             node = dice.choice(cluster.nodes)
-            await writing(url, node)
+            try:
+                await writing(url, node)
+            except TimeoutError:
+                break  # Nothing is written any more, as when all contexts are stuck: the verdict says why.
             faults = await (cluster.stop(node) if gently else cluster.kill(node))
             kills += 1
             await asyncio.sleep(dice.uniform(0, pause_seconds[0]))
