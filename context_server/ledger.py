@@ -24,7 +24,15 @@ from typing import Self
 
 import structlog
 
-from context_server.errors import PASSING, Fenced, OutcomeUnknown, ReplyTooLarge, StorageBroken, without_words
+from context_server.errors import (
+    PASSING,
+    DatabaseBusy,
+    Fenced,
+    OutcomeUnknown,
+    ReplyTooLarge,
+    StorageBroken,
+    without_words,
+)
 from context_server.hub import Hub
 from context_server.metrics import Metrics
 from context_server.recent import RecentChunks
@@ -259,6 +267,8 @@ class Ledger:
                 self._metrics.commit_failures.labels(error.code).inc()
                 if attempt == 0:
                     log.warning("commit_delayed", code=error.code, runs=len(batch))
+                if isinstance(error, DatabaseBusy) and self._limits.renewal is not None:
+                    renewing = await self._renew_alone()
                 await asyncio.sleep(_RETRY_SECONDS[min(attempt, len(_RETRY_SECONDS) - 1)])
                 attempt += 1
             else:
@@ -268,6 +278,19 @@ class Ledger:
                 self._publish(batch, transitions)
                 self._drop_lost(lost)
                 return
+
+    async def _renew_alone(self) -> list[str]:
+        """Renews all leases by themselves; the runs whose leases are still to be renewed.
+
+        One context that somebody has locked holds the batch up, and must not cost the other runs here their leases.
+        """
+        run_ids = list(self._held)
+        try:
+            _, lost = await self._store.append_and_renew((), run_ids)
+        except PASSING:
+            return run_ids
+        self._drop_lost(lost)
+        return []
 
     async def _settle(
         self, batch: list[tuple[OpenReply, Append]], *, is_unknown: bool, refusals: int

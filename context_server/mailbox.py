@@ -218,6 +218,8 @@ class Mailbox:
 
     def _insert(self, signal: Signal) -> None:
         if self._types is not None and type(signal) not in self._types and not isinstance(signal, ContextDeleted):
+            if isinstance(signal, MessageCompleted):
+                self._note_done(signal.message_id)
             return  # What nobody wants is not paced either.
         match signal:
             case StateChanged():
@@ -346,8 +348,12 @@ class Mailbox:
                 else:
                     self._count_pulled(signal.message_id, sent)
                     sent.moment, sent.sequence = moment, signal.current_sequence
-            case MessageCompleted() if self._sent.pop(signal.message_id, None) is not None:
-                self._pulls.unfollow(signal.message_id, self)
+            case MessageCompleted():
+                self._note_done(signal.message_id)
+
+    def _note_done(self, message_id: str) -> None:
+        if self._sent.pop(message_id, None) is not None:
+            self._pulls.unfollow(message_id, self)
 
     def leave(self) -> None:
         """The subscriber is gone."""

@@ -5,6 +5,7 @@ agent that ignores its cancellation, or raises in it, cannot keep a context from
 """
 
 import asyncio
+import random
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from context_server.bus import Bus, CancelRequested, RunDeleted, RunQueued, Wake
 from context_server.errors import (
     PASSING,
     Fenced,
+    OutcomeUnknown,
     ReplyTooLarge,
     StorageBroken,
     Unavailable,
@@ -45,6 +47,7 @@ log = structlog.get_logger("context_server.runner")
 _SWEEP_SECONDS = 2.0
 """How often the runner looks by itself for queued runs and for runs to be stopped, in case a wake-up was lost."""
 _REAP_LIMIT = 100
+_REAPED_AT_ONCE = 4
 _OTHERS_FIRST_SECONDS = 0.05
 _RETRY_SECONDS = (0.1, 0.25, 0.5, 1.0, 2.0)
 _CLAIM_LIMIT = 100
@@ -87,6 +90,9 @@ class Runner:
         self._stubborn: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
         self._claiming = asyncio.Lock()
+        # Why runs are to stop that may have been claimed, and are not known here yet.
+        self._told_early: dict[str, Stop] = {}
+        self._is_claim_unknown = False
         self.draining = False
         # Runs that had their time to end at shutdown and could not, as when the disk is full; they get no second one.
         self._given_up: set[str] = set()
@@ -134,34 +140,48 @@ class Runner:
 
     def _stop(self, run_id: str, reason: Stop) -> None:
         stop = self._stops.get(run_id)
-        if stop is not None and not stop.done():
+        if stop is None and self._claiming.locked():
+            self._told_early[run_id] = reason
+        elif stop is not None and not stop.done():
             stop.set_result(reason)
 
     # Recovery
 
     async def _recover(self) -> None:
         """Brings the runs that dead processes left running to their ends; queued ones will be claimed again."""
-        while await self._reap():
-            pass
+        await self._reap_all()
         if not self._store.shared:
             for run in await self._store.queued_runs():
                 self._hub.open_message(run.owner, run.context_id, run.message_id)
 
+    async def _reap_all(self) -> None:
+        while await self._reap():
+            pass
+
     async def _reap(self) -> int:
         """Ends runs that nobody holds any more, and says so to whoever follows them; how many."""
         ended = 0
-        for run in await self._store.expired_runs(_REAP_LIMIT):
-            transition = await self._store.expire_run(run)
-            if transition is None:
-                continue  # Another node was quicker, or its own node is about to end it.
-            ended += 1
-            is_interrupted = transition.state is State.FAILED
-            outcome, code = (Outcome.FAILED, INTERRUPTED.code) if is_interrupted else (Outcome.STOPPED, "")
-            self._metrics.runs_ended.labels(outcome, code).inc()
-            self._hub.publish_transition(run.owner, transition)
+        runs = await self._store.expired_runs(_REAP_LIMIT)
+        random.shuffle(runs)  # Several nodes may be at it.
+        for start in range(0, len(runs), _REAPED_AT_ONCE):
+            some = runs[start : start + _REAPED_AT_ONCE]
+            results = await asyncio.gather(*map(self._store.expire_run, some), return_exceptions=True)
+            for run, result in zip(some, results, strict=True):
+                if isinstance(result, Transition):  # Else another was quicker, or its own node is about to end it.
+                    ended += 1
+                    self._reaped(run, result)
+            for result in results:
+                if isinstance(result, BaseException):
+                    raise result
         if ended:
             log.warning("runs_interrupted", runs=ended)
         return ended
+
+    def _reaped(self, run: Run, transition: Transition) -> None:
+        is_interrupted = transition.state is State.FAILED
+        outcome, code = (Outcome.FAILED, INTERRUPTED.code) if is_interrupted else (Outcome.STOPPED, "")
+        self._metrics.runs_ended.labels(outcome, code).inc()
+        self._hub.publish_transition(run.owner, transition)
 
     # Claiming
 
@@ -173,6 +193,7 @@ class Runner:
                 async with self._claiming:
                     await self._claim()
             except PASSING as error:
+                self._is_claim_unknown = self._is_claim_unknown or isinstance(error, OutcomeUnknown)
                 log.warning("claim_delayed", code=error.code)
             except StorageBroken:
                 return
@@ -182,14 +203,14 @@ class Runner:
         while True:
             await asyncio.sleep(_SWEEP_SECONDS)
             self._wake.set()
-            try:
-                await self._stop_told_runs()
-                if self._store.shared:
-                    await self._free_locks()
-                    await self._reap()
-                    await self._check_epoch()
-            except (*PASSING, StorageBroken) as error:
-                log.warning("sweep_delayed", code=error.code)
+            chores = [self._stop_told_runs]
+            if self._store.shared:
+                chores += [self._free_locks, self._reap_all, self._check_epoch]
+            for chore in chores:
+                try:
+                    await chore()
+                except (*PASSING, StorageBroken) as error:
+                    log.warning("sweep_delayed", code=error.code)
 
     async def _free_locks(self) -> None:
         """Takes the locks from nodes that stand still: what they hold can be neither reaped nor written by others."""
@@ -202,7 +223,7 @@ class Runner:
         ours = list(self._stops)
         if not ours:
             return
-        states = await self._store.running_states()
+        states = await self._store.running_states(ours)
         for run_id in ours:
             if run_id not in states:
                 self._stop(run_id, Stop.FENCED)
@@ -219,7 +240,13 @@ class Runner:
         room = self._limits.max_active_runs - len(self._runs)
         if self.draining or room <= 0:
             return
+        if self._is_claim_unknown:
+            for run, transition in await self._store.claimed_runs():
+                if run.id not in self._runs:
+                    self._start(run, transition)
+            self._is_claim_unknown = False
         limit = min(room, _CLAIM_LIMIT)
+        self._told_early.clear()
         claimed = await self._store.claim_runs(limit)
         for run, transition in claimed:
             self._start(run, transition)
@@ -234,6 +261,8 @@ class Runner:
         self._runs[run.id] = task
         self._metrics.active_runs.set(len(self._runs))
         task.add_done_callback(lambda _: self._finished(run.id))
+        if run.id in self._told_early:
+            self._stop(run.id, self._told_early[run.id])
 
     def _finished(self, run_id: str) -> None:
         del self._runs[run_id], self._stops[run_id]

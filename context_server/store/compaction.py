@@ -14,7 +14,7 @@ from typing import Any
 from sqlalchemy import Connection, Row
 
 from context_server.records import Chunk
-from context_server.store import keeping_statements, segments
+from context_server.store import keeping_statements, segments, statements
 from context_server.store.keeping_statements import Place
 from context_server.store.reading import stored_chunks
 
@@ -60,10 +60,11 @@ class _Budget:
         return self.chunks >= _CHUNKS or self.size_bytes >= _BYTES
 
 
-def compact(connection: Connection, *, ended_before_ms: int, after: Place | None) -> Compacted:
-    """Merges the chunks of the next messages that ended by ``ended_before_ms``, as much as one transaction may."""
+def compact(connection: Connection, *, min_age_ms: int, after: Place | None) -> Compacted:
+    """Merges the chunks of the next messages that ended so long ago, as much as one transaction may."""
     place = after or BEGINNING
-    rows = connection.execute(*keeping_statements.lock_compactable(ended_before_ms, place, _MESSAGES)).all()
+    ended_by_ms = connection.execute(*statements.select_now_ms()).scalar_one() - min_age_ms
+    rows = connection.execute(*keeping_statements.lock_compactable(ended_by_ms, place, _MESSAGES)).all()
     budget = _Budget()
     refused: list[str] = []
     for row in rows:

@@ -122,22 +122,27 @@ def change_context(
     return fetch_context(connection, owner, context_id, epoch)
 
 
-def delete_context(connection: Connection, *, owner: str, epoch: str, context_id: str, if_match: int | None) -> Context:
+def delete_context(
+    connection: Connection, *, owner: str, epoch: str, now_ms: int, context_id: str, if_match: int | None
+) -> Context:
     """The context as it was, gone with its messages; a run of it hits no row any more and is fenced.
 
-    A long one is taken from its owner, and the keeper deletes its rows in small steps: replies of others wait for none
-    of them longer than for a commit.
+    A long one is taken from its owner, and the keeper deletes its rows in small steps: a cascade over very many would
+    hold up the replies of others.
 
     Raises:
         ContextNotFound, VersionMismatch.
     """
-    context = to_context(_lock_row(connection, owner, context_id, if_match), epoch)
-    is_long = connection.execute(*statements.count_chunks(context_id)).scalar_one() > _CHUNKS_AT_ONCE
-    if is_long and context.active_run is None:
-        connection.execute(*keeping_statements.disown([context_id]))
-    else:
+    row = _lock_row(connection, owner, context_id, if_match)
+    if connection.execute(*statements.count_chunks(context_id)).scalar_one() <= _CHUNKS_AT_ONCE:
         connection.execute(*statements.delete_context(context_id))
-    return context
+        return to_context(row, epoch)
+    if row.active_run_id is not None:
+        _end_run_here(connection, row, row.version + 1, now_ms)
+        values = {"state": State.IDLE, "version": row.version + 1, "active_run_id": None, "updated_at": now_ms}
+        move_context(connection, context_id, row.version, values)
+    connection.execute(*keeping_statements.disown([context_id]))
+    return to_context(row, epoch)
 
 
 def post_message(
@@ -265,7 +270,7 @@ def request_cancel(
     ended = None
     if target is State.IDLE:
         values["active_run_id"] = None
-        ended = _end_waiting_run(connection, row, version, now_ms)
+        ended = _end_run_here(connection, row, version, now_ms)
     move_context(connection, context_id, row.version, values)
     transition = Transition(
         context_id=context_id,
@@ -279,9 +284,8 @@ def request_cancel(
     return fetch_context(connection, owner, context_id, epoch), transition
 
 
-def _end_waiting_run(connection: Connection, context: Row[Any], version: int, now_ms: int) -> EndedMessage:
-    """Ends a run that nobody is running, and its reply."""
-    connection.execute(
-        *statements.update_run(context.active_run_id, {"status": RunStatus.CANCELLED, "ended_at": now_ms})
-    )
+def _end_run_here(connection: Connection, context: Row[Any], version: int, now_ms: int) -> EndedMessage:
+    """Ends a run that nobody is running, or that is to be fenced, and its reply."""
+    values = {"status": RunStatus.CANCELLED, "ended_at": now_ms, "lease_expires_at": None}
+    connection.execute(*statements.update_run(context.active_run_id, values))
     return end_message(connection, context.run_message_id, MessageStatus.CANCELLED, version, now_ms)

@@ -202,10 +202,11 @@ class PostgresDatabase(Database):
         super().__init__("postgresql")
         self._url = url
         writers = max(1, (connections - 1) // 2)
-        self._appender = postgresql.open_writers(url, 1)
+        self._appender = postgresql.open_appender(url)
         self._writers = postgresql.open_writers(url, writers)
         self._readers = postgresql.open_readers(url, max(1, connections - 1 - writers))
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._has_been_open = False
 
     async def close(self) -> None:
         """Waits for what is under way, then closes every connection."""
@@ -218,6 +219,7 @@ class PostgresDatabase(Database):
     async def prepare(self) -> None:
         """Opens one connection for reading; the others open when they are needed."""
         await self.read(lambda _connection: None)
+        self._has_been_open = True
 
     async def write(self, work: Callable[[Connection], T]) -> T:
         """Runs ``work`` on one of the writers' connections."""
@@ -236,7 +238,7 @@ class PostgresDatabase(Database):
 
     async def alter(self, work: Callable[[Connection], T]) -> T:
         """Runs ``work`` on a connection of its own, without a limit of time but for locks."""
-        engine = postgresql.open_writers(self._url, 1, is_patient=True)
+        engine = postgresql.open_alterer(self._url)
         try:
             return await self._finished(_transaction(engine, work))
         except _LOST as error:
@@ -279,7 +281,14 @@ class PostgresDatabase(Database):
         except _LOST as error:
             raise DatabaseUnreachable(postgresql.reason_of(error)) from error
         except Exception as error:
-            raise postgresql.named_failure(error) or error from error
+            raise self._named(error) from error
+
+    def _named(self, error: Exception) -> Exception:
+        failure = postgresql.named_failure(error)
+        if self._has_been_open and isinstance(failure, DatabaseNotSupported):
+            # A password that is being changed, a failover that is not over: what was right once may be so again.
+            return DatabaseUnreachable(postgresql.reason_of(error))
+        return failure or error
 
 
 async def _transaction(engine: "AsyncEngine", work: Callable[[Connection], T]) -> T:
@@ -289,20 +298,30 @@ async def _transaction(engine: "AsyncEngine", work: Callable[[Connection], T]) -
         DBAPIError, OSError, TimeoutError: nothing was done.
         OutcomeUnknown: the connection was lost while the transaction was being committed.
     """
-    async with engine.connect() as connection:
-        try:
-            result = await connection.run_sync(work)
-        except BaseException:
-            await _roll_back(connection)
-            raise
-        try:
-            await connection.commit()
-        except (DBAPIError, asyncio.CancelledError, *_LOST) as error:  # Cancelled: by the time-out of ``_run`` alone.
-            await _roll_back(connection)
-            if isinstance(error, DBAPIError) and postgresql.is_repeatable(error):
+    done: list[T] = []
+    try:
+        async with engine.connect() as connection:
+            try:
+                result = await connection.run_sync(work)
+            except BaseException:
+                await _roll_back(connection)
                 raise
-            raise OutcomeUnknown from error
-        return result
+            await _commit(connection)
+            done.append(result)
+    except (DBAPIError, asyncio.CancelledError, *_LOST):
+        if not done:  # Else only the connection's return to its pool failed.
+            raise
+    return done[0]
+
+
+async def _commit(connection: "AsyncConnection") -> None:
+    try:
+        await connection.commit()
+    except (DBAPIError, asyncio.CancelledError, *_LOST) as error:  # Cancelled: by the time-out of ``_run`` alone.
+        await _roll_back(connection)
+        if isinstance(error, DBAPIError) and postgresql.is_repeatable(error):
+            raise
+        raise OutcomeUnknown from error
 
 
 async def _roll_back(connection: "AsyncConnection") -> None:

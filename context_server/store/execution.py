@@ -237,10 +237,29 @@ def expired_runs(connection: Connection, *, limit: int) -> list[Run]:
     ]
 
 
-def running_states(connection: Connection, *, lease: Lease | None) -> dict[str, State]:
-    """The context's state of every run that is marked as running on this node, by the run's id."""
-    ours = statements.select_running_states(None if lease is None else lease.node_id)
+def running_states(connection: Connection, *, run_ids: Sequence[str], lease: Lease | None) -> dict[str, State]:
+    """The context's state of those of these runs that are marked as running on this node, by the run's id."""
+    ours = statements.select_running_states(run_ids, None if lease is None else lease.node_id)
     return {row.id: State(row.state) for row in connection.execute(*ours)}
+
+
+def claimed_runs(connection: Connection, *, lease: Lease | None) -> list[tuple[Run, Transition]]:
+    """Runs that are leased to this node and have written nothing, each with how its context stands now."""
+    if lease is None:
+        return []
+    found = []
+    for row in connection.execute(*statements.select_claimed_runs(lease.node_id)):
+        run = _to_run(row, row.attempt)
+        transition = Transition(
+            context_id=run.context_id,
+            run_id=run.id,
+            previous_state=None,
+            previous_version=None,
+            state=State(row.state),
+            version=row.version,
+        )
+        found.append((run, transition))
+    return found
 
 
 def queued_runs(connection: Connection) -> list[Run]:

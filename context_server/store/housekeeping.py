@@ -1,6 +1,5 @@
 """Keeping house: what the keeper has the database do, one method, one transaction, each of them short."""
 
-import time
 from functools import partial
 
 from context_server.store import compaction, retention
@@ -22,13 +21,11 @@ class Housekeeping:
 
     async def compact(self, min_age_ms: int, after: Place | None) -> Compacted:
         """Merges some chunks of messages that ended so long ago, going on after a place; no pull answers otherwise."""
-        work = partial(compaction.compact, ended_before_ms=_clock_ms() - min_age_ms, after=after)
-        return await self._database.write(work)
+        return await self._database.write(partial(compaction.compact, min_age_ms=min_age_ms, after=after))
 
     async def expire_contexts(self, min_age_ms: int) -> list[ExpiredContext]:
         """Some contexts that were without activity for so long, oldest first; they are gone for everybody."""
-        work = partial(retention.expire_contexts, inactive_since_ms=_clock_ms() - min_age_ms)
-        return await self._database.write(work)
+        return await self._database.write(partial(retention.expire_contexts, min_age_ms=min_age_ms))
 
     async def clear_contexts(self) -> bool:
         """Deletes some rows of expired contexts; whether there were any."""
@@ -36,8 +33,5 @@ class Housekeeping:
 
     async def end_stalled_sessions(self) -> int:
         """Frees what nodes have locked that stand still in the middle of a statement; how many sessions that ended."""
-        return await self._database.write(lambda connection: dialect_of(connection).end_stalled_sessions(connection))
-
-
-def _clock_ms() -> int:
-    return time.time_ns() // 1_000_000
+        # By a reader: those who want to write may all be waiting for just these locks.
+        return await self._database.read(lambda connection: dialect_of(connection).end_stalled_sessions(connection))

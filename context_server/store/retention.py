@@ -30,38 +30,50 @@ class ExpiredContext:
     version: int
 
 
-def expire_contexts(connection: Connection, *, inactive_since_ms: int) -> list[ExpiredContext]:
-    """Some contexts in which nothing has happened since then and no run is active, oldest first; deleted for everybody.
+def expire_contexts(connection: Connection, *, min_age_ms: int) -> list[ExpiredContext]:
+    """Some contexts in which nothing has happened for so long and no run is active, oldest first; gone for everybody.
 
-    Their rows are left for ``clear_contexts``.
+    Their rows are left for ``clear_contexts``. What time it is says the database: no node whose clock is ahead may
+    delete what others still want.
     """
-    rows = connection.execute(*keeping_statements.lock_inactive(inactive_since_ms, _CONTEXTS)).all()
+    now_ms = connection.execute(*statements.select_now_ms()).scalar_one()
+    rows = connection.execute(*keeping_statements.lock_inactive(now_ms - min_age_ms, _CONTEXTS)).all()
     if rows:
         connection.execute(*keeping_statements.disown([row.id for row in rows]))
     return [ExpiredContext(owner=row.owner, context_id=row.id, version=row.version + 1) for row in rows]
 
 
 def clear_contexts(connection: Connection) -> bool:
-    """Deletes some rows of a context that is nobody's any more; False when there is none."""
-    context_id = connection.scalars(*keeping_statements.lock_nobodys()).one_or_none()
-    if context_id is None:
-        return False
+    """Deletes some rows of contexts that are nobody's any more; False when there are none."""
+    rows = _ROWS
+    for number in range(_CONTEXTS):
+        context_id = connection.scalars(*keeping_statements.lock_nobodys()).one_or_none()
+        if context_id is None:
+            return number > 0
+        rows = _clear_context(connection, context_id, rows)
+        if rows <= 0:
+            break
+    return True
+
+
+def _clear_context(connection: Connection, context_id: str, rows: int) -> int:
+    """Deletes up to so many rows of a context, and it too once it is empty; how many more may be deleted."""
     message_ids = connection.scalars(*keeping_statements.lock_messages(context_id, _MESSAGES)).all()
     emptied = []
-    left = _ROWS
     for message_id in message_ids:
-        left -= connection.execute(*keeping_statements.delete_first_chunks(message_id, left)).rowcount
-        if left <= 0:
+        rows -= connection.execute(*keeping_statements.delete_first_chunks(message_id, rows)).rowcount
+        if rows <= 0:
             break
-        limit = -(-left // _SEGMENT_ROWS)
-        left -= (
+        limit = -(-rows // _SEGMENT_ROWS)
+        rows -= (
             _SEGMENT_ROWS * connection.execute(*keeping_statements.delete_first_segments(message_id, limit)).rowcount
         )
-        if left <= 0:
+        if rows <= 0:
             break
         emptied.append(message_id)
     if emptied:
         connection.execute(*keeping_statements.delete_messages(emptied))
-    if len(emptied) == len(message_ids) < _MESSAGES:
-        connection.execute(*statements.delete_context(context_id))
-    return True
+    if len(emptied) < len(message_ids) or len(message_ids) == _MESSAGES:
+        return 0  # The rest of it in the next transaction.
+    connection.execute(*statements.delete_context(context_id))
+    return rows - len(emptied) - 1

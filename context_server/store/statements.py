@@ -82,10 +82,12 @@ _SELECT_BUSY_IDS = (
     .where(_IS_ACTIVE, contexts.c.owner == bindparam("key_owner"))
     .limit(bindparam("rows"))
 )
-_SELECT_STATES = select(contexts.c.id, contexts.c.state, contexts.c.version).where(
-    contexts.c.id.in_(bindparam("key_ids", expanding=True))
+_LOCK_STATES = (
+    select(contexts.c.id, contexts.c.state, contexts.c.version)
+    .where(contexts.c.id.in_(bindparam("key_ids", expanding=True)))
+    .order_by(contexts.c.id)
+    .with_for_update()
 )
-_LOCK_STATES = _SELECT_STATES.order_by(contexts.c.id).with_for_update()
 _UPDATE_CONTEXT = update(contexts).where(
     contexts.c.id == bindparam("key_id"), contexts.c.version == bindparam("key_version")
 )
@@ -120,11 +122,6 @@ def select_busy_ids(owner: str, limit: int) -> Bound:
     return _SELECT_BUSY_IDS, {"key_owner": owner, "rows": limit}
 
 
-def select_states(context_ids: Iterable[str]) -> Bound:
-    """State and version of contexts, by primary key."""
-    return _SELECT_STATES, {"key_ids": list(context_ids)}
-
-
 def lock_states(context_ids: Iterable[str]) -> Bound:
     """The same, of contexts that runs of ours are about to move; locked, in one order for everybody."""
     return _LOCK_STATES, {"key_ids": list(context_ids)}
@@ -148,6 +145,14 @@ _COUNT_CHUNKS = select(func.coalesce(func.sum(messages.c.sequence), 0)).where(
 def count_chunks(context_id: str) -> Bound:
     """How many chunks the messages of a context have, compacted or not; unique index context, position."""
     return _COUNT_CHUNKS, {"key_context_id": context_id}
+
+
+_SELECT_NOW_MS = select(database_now_ms())
+
+
+def select_now_ms() -> Bound:
+    """What time it is for the database, in milliseconds since the Unix epoch."""
+    return _SELECT_NOW_MS, {}
 
 
 # Messages
@@ -253,17 +258,16 @@ def select_chunks(message_id: str, after: int, until: int, limit: int) -> Bound:
 # Runs
 
 _INSERT_RUN = insert(runs)
+_SELECT_RUNS = select(
+    runs,
+    contexts.c.owner,
+    contexts.c.state,
+    contexts.c.version,
+    contexts.c.mode,
+    contexts.c.metadata.label("context_metadata"),
+).join(contexts, contexts.c.id == runs.c.context_id)
 _SELECT_QUEUED_RUNS = (
-    select(
-        runs,
-        contexts.c.owner,
-        contexts.c.state,
-        contexts.c.version,
-        contexts.c.mode,
-        contexts.c.metadata.label("context_metadata"),
-    )
-    .join(contexts, contexts.c.id == runs.c.context_id)
-    .where(_IS_ACTIVE, runs.c.status == RunStatus.QUEUED)
+    _SELECT_RUNS.where(_IS_ACTIVE, runs.c.status == RunStatus.QUEUED)
     .order_by(runs.c.created_at, runs.c.id)
     .limit(bindparam("rows"))
 )
@@ -316,7 +320,18 @@ _SELECT_STANDINGS = (
 _SELECT_RUNNING_STATES = (
     select(runs.c.id, contexts.c.state)
     .join(contexts, contexts.c.id == runs.c.context_id)
-    .where(_IS_ACTIVE, runs.c.status == RunStatus.RUNNING, runs.c.node_id.is_not_distinct_from(bindparam("key_node")))
+    .where(
+        runs.c.id.in_(bindparam("key_ids", expanding=True)),
+        runs.c.status == RunStatus.RUNNING,
+        runs.c.node_id.is_not_distinct_from(bindparam("key_node")),
+    )
+)
+_SELECT_CLAIMED_RUNS = _SELECT_RUNS.join(messages, messages.c.id == runs.c.message_id).where(
+    _IS_ACTIVE,
+    runs.c.status == RunStatus.RUNNING,
+    runs.c.node_id == bindparam("key_node"),
+    _IS_LEASED,
+    messages.c.sequence == 0,
 )
 _UPDATE_RUN = update(runs).where(runs.c.id == bindparam("key_id"))
 _COUNT_ACTIVE_RUNS = select(runs.c.status, func.count().label("runs")).where(_IS_ACTIVE).group_by(runs.c.status)
@@ -362,9 +377,14 @@ def select_standings(message_ids: Iterable[str]) -> Bound:
     return _SELECT_STANDINGS, {"key_ids": list(message_ids)}
 
 
-def select_running_states(node_id: str | None) -> Bound:
-    """The context's state of every run that is marked as running on a node; partial index of active runs."""
-    return _SELECT_RUNNING_STATES, {"key_node": node_id}
+def select_running_states(run_ids: Iterable[str], node_id: str | None) -> Bound:
+    """The context's state of those runs that are marked as running on a node, by primary key."""
+    return _SELECT_RUNNING_STATES, {"key_ids": list(run_ids), "key_node": node_id}
+
+
+def select_claimed_runs(node_id: str) -> Bound:
+    """Runs leased to a node whose replies hold nothing; partial index of active runs."""
+    return _SELECT_CLAIMED_RUNS, {"key_node": node_id}
 
 
 def update_run(run_id: str, values: Mapping[str, Any]) -> Bound:

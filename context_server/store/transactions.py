@@ -191,7 +191,7 @@ class Store:
         """
         return await self._write(
             lambda connection: conversations.delete_context(
-                connection, owner=owner, epoch=self.epoch, context_id=context_id, if_match=if_match
+                connection, owner=owner, epoch=self.epoch, now_ms=_clock_ms(), context_id=context_id, if_match=if_match
             )
         )
 
@@ -325,6 +325,10 @@ class Store:
             lambda connection: execution.claim_runs(connection, now_ms=_clock_ms(), limit=limit, lease=self._lease)
         )
 
+    async def claimed_runs(self) -> list[tuple[Run, Transition]]:
+        """Runs that are leased here and that nobody has written for: those of a claim whose outcome was unknown."""
+        return await self._read(partial(execution.claimed_runs, lease=self._lease))
+
     async def history(self, run: Run, *, max_bytes: int) -> list[Turn]:
         """The messages before a run's reply, oldest first: the newest ones that fit ``max_bytes``."""
         return await self._read(partial(reading.history, run=run, max_bytes=max_bytes))
@@ -364,9 +368,9 @@ class Store:
         """Runs marked as running that nobody holds; on SQLite, where there are no leases, all that are so marked."""
         return await self._read(partial(execution.expired_runs, limit=limit))
 
-    async def running_states(self) -> dict[str, State]:
-        """The context's state of every run that is marked as running here, by the run's id."""
-        return await self._read(partial(execution.running_states, lease=self._lease))
+    async def running_states(self, run_ids: Sequence[str]) -> dict[str, State]:
+        """The context's state of those of these runs that are marked as running here, by the run's id."""
+        return await self._read(partial(execution.running_states, run_ids=run_ids, lease=self._lease))
 
     async def expire_run(self, run: Run) -> Transition | None:
         """Ends a run that nobody holds; what it appended is kept. None where somebody else does so, or holds it."""

@@ -82,16 +82,20 @@ async def test_a_long_context_that_its_owner_deletes_goes_in_small_steps(store, 
     assert set(counted().values()) == {0}
 
 
-async def test_a_long_context_with_a_run_is_deleted_at_once_and_its_run_fenced(store, counted, monkeypatch):
+async def test_the_run_of_a_long_context_that_is_deleted_is_fenced(store, counted, monkeypatch):
     monkeypatch.setattr(conversations, "_CHUNKS_AT_ONCE", 10)
     writer = await start(store)
     await writer.write(*["word "] * 20)
     await store.delete_context(OWNER, writer.run.context_id)
-    assert set(counted().values()) == {0}
+    await nobody_finds(store, writer.run.context_id, writer.run.message_id)
+    assert await store.active_runs() == {}
     late = writer.take("late")
     with pytest.raises(BatchRefused):
         await store.append([late])
     assert await store.standings([late]) == [(Standing.FENCED, None)]
+    while await store.house.clear_contexts():
+        pass
+    assert set(counted().values()) == {0}
 
 
 @pytest.mark.scenario("retention", "Deletion interrupted")

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 from sqlalchemy import make_url
 
+from context_server import runner
 from context_server.errors import DatabaseBusy, DatabaseUnreachable, OutcomeUnknown
 from context_server.records import ChunkKind, Delta, MessageStatus, Outcome
 from context_server.store import Store
@@ -14,9 +15,10 @@ from context_server.store.dialects import postgresql
 from context_server.store.execution import Lease
 from context_server.store.idempotency import Once, Replayed
 from tests.chaos.proxy import Proxy
-from tests.databases import run_beside
+from tests.databases import beside, run_beside
 from tests.store.writing import OWNER
-from tests.unit.rooms import open_rooms, until
+from tests.unit.rooms import OWNER as ROOMS_OWNER
+from tests.unit.rooms import ledger_limits, open_rooms, until
 
 pytestmark = pytest.mark.only("postgresql")
 
@@ -68,6 +70,44 @@ async def test_a_commit_whose_answer_was_lost_is_found_and_not_repeated(tmp_path
         assert message.content == ("before lost " if ends else "before lost after")
         assert [chunk.sequence for chunk in page.chunks] == [*range(1, message.sequence + 1)]
         assert rooms.metric("commit_failures_total", code="outcome-unknown") >= 1
+
+
+@pytest.mark.scenario("many-nodes", "Commit with an unknown outcome")
+async def test_a_claim_whose_answer_was_lost_is_run(tmp_path, database_url, far_url, network, monkeypatch):
+    monkeypatch.setattr(runner, "_SWEEP_SECONDS", 0.2)
+    lease = Lease(node_id="here", lease_ms=600_000)
+    async with (
+        Store.open(database_url) as other,
+        open_rooms(tmp_path, echo, database_url=far_url, lease=lease) as rooms,
+    ):
+        context = await other.create_context(ROOMS_OWNER)
+        network.lose_answers_to(b"COMMIT;")
+        receipt, _ = await other.post_message(ROOMS_OWNER, context.id, Post(text="Hello"))
+        await until(holds(database_url, "SELECT 1 FROM runs WHERE status = 'running'"))
+        network.lose_nothing()
+        network.reset()
+        message = await rooms.ended(receipt)
+        assert (message.status, message.content) == (MessageStatus.COMPLETED, "Hello")
+
+
+async def echo(history, _run):
+    yield history[-1].text
+
+
+@pytest.mark.scenario("many-nodes", "Locked by another node")
+async def test_a_locked_context_costs_the_other_runs_no_lease(tmp_path, database_url):
+    lease = Lease(node_id="here", lease_ms=2500)
+    async with open_rooms(tmp_path, database_url=database_url, ledger=ledger_limits(renewal=0.8), lease=lease) as rooms:
+        held_up, other = await rooms.begin(), await rooms.begin()
+        with beside(database_url).begin() as connection:
+            connection.exec_driver_sql(f"SELECT 1 FROM contexts WHERE id = '{held_up.run.context_id}' FOR UPDATE")
+            await rooms.ledger.append(held_up, Delta(ChunkKind.TEXT, "late"))
+            await asyncio.sleep(4.0)  # Longer than the lease, shorter than a forgotten transaction may be.
+        await rooms.ledger.append(other, Delta(ChunkKind.TEXT, "word"))
+        for reply in (held_up, other):
+            await rooms.ledger.end(reply, Outcome.SUCCEEDED)
+            assert (await rooms.message(reply.run)).status is MessageStatus.COMPLETED
+        assert rooms.fenced == []
 
 
 @pytest.mark.scenario("many-nodes", "Command with an unknown outcome")

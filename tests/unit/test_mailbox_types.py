@@ -37,6 +37,18 @@ def test_a_state_is_not_held_for_an_end_that_is_not_sent() -> None:
     assert mailbox.take() == ([state(9, State.IDLE)], None)
 
 
+def test_an_end_that_is_not_sent_leaves_nothing_behind() -> None:
+    clock = Clock()
+    pulls = Pulls(clock)
+    mailbox = Mailbox(PACING, pulls, Metrics(), clock, frozenset({ContentDelta}))
+    mailbox.put(delta(1))
+    assert mailbox.take() == ([delta(1)], None)
+    assert pulls._followers
+    mailbox.put(completed(1))
+    assert not pulls._followers
+    assert not mailbox._sent
+
+
 def test_what_is_sent_is_paced_as_ever() -> None:
     mailbox = subscriber(ContentDelta, StateChanged)
     for signal in (delta(1), state(2)):

@@ -10,6 +10,8 @@ from context_server import runner as runner_module
 from context_server.bus import CancelRequested, InProcessBus, RunDeleted, RunQueued
 from context_server.errors import DatabaseBusy, ShuttingDown
 from context_server.records import MessageStatus
+from context_server.store import Store
+from context_server.store.conversations import Post
 from tests.unit.gate import gate_rooms
 from tests.unit.rooms import OWNER, open_rooms, runner_limits, until
 
@@ -46,13 +48,42 @@ async def test_a_lost_wake_up_is_made_good_by_the_sweep(tmp_path, monkeypatch, l
         assert gate.stopped == [receipt.run_id]
 
 
+async def test_a_run_that_is_told_to_stop_while_it_is_being_claimed_stops_without_a_sweep(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner_module, "_SWEEP_SECONDS", FOREVER)
+    async with gate_rooms(tmp_path) as (rooms, _gate):
+        claim_runs = rooms.store.claim_runs
+
+        async def claim(limit):
+            claimed = await claim_runs(limit)
+            for run, _ in claimed:
+                await rooms.commands.cancel(OWNER, run.context_id, if_match=None, once=None)
+            return claimed
+
+        monkeypatch.setattr(rooms.store, "claim_runs", claim)
+        receipt = await rooms.post()
+        assert (await rooms.ended(receipt)).status is MessageStatus.CANCELLED
+
+
+async def test_one_sweep_ends_every_run_of_a_dead_node(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner_module, "_REAP_LIMIT", 3)
+    async with Store.open(f"sqlite:///{tmp_path / 'context-server.db'}") as dead:
+        for _ in range(10):
+            context = await dead.create_context(OWNER)
+            await dead.post_message(OWNER, context.id, Post(text="Hello"))
+        await dead.claim_runs(10)
+    async with open_rooms(tmp_path) as rooms:
+        await rooms.runner._reap_all()
+        assert await rooms.store.active_runs() == {}
+        assert rooms.metric("runs_ended_total", outcome="failed", code="interrupted") == 10
+
+
 async def test_the_sweep_leaves_runs_alone_that_are_on(tmp_path, monkeypatch):
     monkeypatch.setattr(runner_module, "_SWEEP_SECONDS", 0.001)
     async with gate_rooms(tmp_path) as (rooms, gate):
         receipts = [await rooms.post() for _ in range(5)]
         await gate.has_begun(5)
         for _ in range(20):
-            await rooms.store.running_states()
+            await rooms.store.running_states([receipt.run_id for receipt in receipts])
         gate.open.set()
         for receipt in receipts:
             assert (await rooms.ended(receipt)).content == "word end"

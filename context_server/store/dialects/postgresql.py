@@ -6,7 +6,7 @@ where they do all the same (a deletion's cascade), PostgreSQL ends one of them, 
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, text
@@ -42,6 +42,7 @@ _SERVER_SETTINGS = {
     "tcp_keepalives_idle": "5",
     "tcp_keepalives_interval": "2",
     "tcp_keepalives_count": "3",
+    "tcp_user_timeout": "15000",
     "jit": "off",  # Every statement here is short: compiling one costs more than running it.
     # Every statement here finds its rows by an index. A plan that was made while a table was small, and reads all of
     # it, is kept while it grows: 165 ms with 300,000 chunks in place of 0.5, until the statistics had caught up.
@@ -71,12 +72,20 @@ def server_url(url: URL) -> URL:
     return url.set(drivername="postgresql+asyncpg")
 
 
-def open_writers(url: URL, connections: int, *, is_patient: bool = False) -> "AsyncEngine":
-    """The engine for transactions that write: READ COMMITTED, with row locks.
+def open_appender(url: URL) -> "AsyncEngine":
+    """The engine of the group commit: it waits for no lock longer than the leases that it renews can bear."""
+    return _open(url, 1, isolation_level="READ COMMITTED", settings={"lock_timeout": "1000"})
 
-    ``is_patient``: a statement may take as long as it needs, as when a large table is changed.
-    """
-    return _open(url, connections, isolation_level="READ COMMITTED", is_patient=is_patient)
+
+def open_writers(url: URL, connections: int) -> "AsyncEngine":
+    """The engine for transactions that write: READ COMMITTED, with row locks."""
+    return _open(url, connections, isolation_level="READ COMMITTED")
+
+
+def open_alterer(url: URL) -> "AsyncEngine":
+    """The engine for a change of the schema: a statement may take as long as a large table needs."""
+    settings = {"statement_timeout": "0"}
+    return _open(url, 1, isolation_level="READ COMMITTED", settings=settings, command_seconds=None)
 
 
 def open_readers(url: URL, connections: int) -> "AsyncEngine":
@@ -85,7 +94,14 @@ def open_readers(url: URL, connections: int) -> "AsyncEngine":
     return engine.execution_options(postgresql_readonly=True)
 
 
-def _open(url: URL, connections: int, *, isolation_level: str, is_patient: bool = False) -> "AsyncEngine":
+def _open(
+    url: URL,
+    connections: int,
+    *,
+    isolation_level: str,
+    settings: Mapping[str, str] | None = None,
+    command_seconds: float | None = COMMAND_SECONDS,
+) -> "AsyncEngine":
     from sqlalchemy.ext.asyncio import create_async_engine
 
     return create_async_engine(
@@ -99,8 +115,8 @@ def _open(url: URL, connections: int, *, isolation_level: str, is_patient: bool 
         isolation_level=isolation_level,
         connect_args={
             "timeout": CONNECT_SECONDS,
-            "command_timeout": None if is_patient else COMMAND_SECONDS,
-            "server_settings": _SERVER_SETTINGS | ({"statement_timeout": "0"} if is_patient else {}),
+            "command_timeout": command_seconds,
+            "server_settings": {**_SERVER_SETTINGS, **(settings or {})},
         },
         hide_parameters=True,  # An error's text must not carry what was said.
     )
@@ -131,21 +147,29 @@ def lock_schema(connection: Connection) -> None:
 _END_STALLED_SESSIONS = text("""
 SELECT count(pg_terminate_backend(pid))
 FROM pg_stat_activity
-WHERE datname = current_database() AND usename = current_user AND application_name = :application_name
-  AND state = 'active' AND wait_event = 'ClientRead'
+WHERE datname = current_database() AND usename = session_user AND application_name = :application_name
+  AND state = 'active' AND wait_event IN ('ClientRead', 'ClientWrite')
   AND state_change < clock_timestamp() - :stalled_ms * interval '1 millisecond'
 """)
 _STALLED_MS = 3000
+_NOT_OFFERED = ("42501", "42883", "42P01", "0A000")
+"""insufficient_privilege, undefined_function, undefined_table, feature_not_supported"""
 
 
 def end_stalled_sessions(connection: Connection) -> int:
     """Ends sessions of nodes that have stood still in the middle of a statement for 3 s; how many.
 
-    Between the messages of one statement (Parse, Bind, Execute) a session is neither idle in its transaction nor
-    executing, so that no time-out of the server holds, and the rows that its transaction has locked stay locked.
+    Between the messages of one statement (Parse, Bind, Execute), and while an answer does not get through, a session is
+    not idle in its transaction, and no time-out of the server holds: what its transaction has locked stays locked. A
+    server that does not offer this to its users is left alone.
     """
     values = {"application_name": _APPLICATION_NAME, "stalled_ms": _STALLED_MS}
-    return int(connection.execute(_END_STALLED_SESSIONS, values).scalar_one())
+    try:
+        return int(connection.execute(_END_STALLED_SESSIONS, values).scalar_one())
+    except DBAPIError as error:
+        if sqlstate_of(error) in _NOT_OFFERED:
+            return 0
+        raise
 
 
 def version_of(connection: Connection) -> str:
