@@ -68,7 +68,7 @@ def create_app(
 
     Raises:
         AgentNotLoadable: ``settings.agent`` names nothing that can be loaded.
-        DatabaseNotSupported, DatabaseInUse, SchemaMismatch: from the lifespan.
+        DatabaseNotSupported, DatabaseInUse, DatabaseUnreachable, SchemaMismatch, BusNotAvailable: from the lifespan.
     """
     settings = settings or Settings()
     agent = agent or load_agent(settings.agent)
@@ -121,7 +121,7 @@ async def open_rooms(
     server_cuts_stalled: bool = False,
     worker: int | None = None,
 ) -> AsyncIterator[Rooms]:
-    """Every room, open: the database is migrated, what a crash left is repaired, runs are being claimed."""
+    """Every room, open: the schema is the newest, what a crash left is repaired, runs are being claimed."""
     clock = asyncio.get_running_loop().time
     async with contextlib.AsyncExitStack() as stack:
         lease = Lease(node_id=new_id(), lease_ms=int(settings.lease_seconds * 1000))

@@ -52,7 +52,7 @@ def _migrated() -> str:
 def new_database(kind: str, folder: Path) -> Iterator[str]:
     """The URL of an empty database, which is gone afterwards."""
     if kind == "sqlite":
-        yield f"sqlite+aiosqlite:///{folder / 'context-server.db'}"
+        yield f"sqlite:///{folder / 'context-server.db'}"
         return
     name = f"context_server_test_{uuid.uuid4().hex[:12]}_{next(_numbers)}"
     _on_server(f'CREATE DATABASE "{name}"')

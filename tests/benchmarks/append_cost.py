@@ -144,7 +144,7 @@ async def _measure(directory: Path, long: int, contexts: int, rounds: int) -> li
         situations = []
         for count in (ACTIVE, contexts):
             database = directory / f"{count}.db"
-            url = f"sqlite+aiosqlite:///{database}"
+            url = f"sqlite:///{database}"
             async with Store.open(url):
                 pass  # It makes the schema.
             if count > ACTIVE:

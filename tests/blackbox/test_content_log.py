@@ -83,7 +83,7 @@ def test_what_is_signalled_or_served_is_in_the_database(calls: Calls) -> None:
 @pytest.mark.scenario("content-log", "Signalled content is committed")
 def test_the_writer_syncs_each_commit(tmp_path: Path) -> None:
     async def pragmas() -> list[Any]:
-        async with Store.open(f"sqlite+aiosqlite:///{tmp_path / 'a.db'}") as store:
+        async with Store.open(f"sqlite:///{tmp_path / 'a.db'}") as store:
             names = ("synchronous", "journal_mode", "foreign_keys")
             return [
                 await store._write(lambda connection, name=name: connection.exec_driver_sql(f"PRAGMA {name}").scalar())

@@ -374,7 +374,7 @@ async def reads_of_a_pull(server: Server, ids: tuple[str, str], after: int) -> l
 
     event.listen(Engine, "before_cursor_execute", note)
     try:
-        async with Store.open(f"sqlite+aiosqlite:///{server.database}") as store:
+        async with Store.open(f"sqlite:///{server.database}") as store:
             await store.page("local", *ids, from_sequence=after)
     finally:
         event.remove(Engine, "before_cursor_execute", note)

@@ -1,7 +1,7 @@
 """The server with one of its protections off, or in worse surroundings: for negative controls.
 
-    python -m tests.chaos.launch [--publish-before-commit] [--commit-delay-ms N] [--header-seconds S] [--defect NAME]
-        -- serve …
+    python -m tests.chaos.launch [--publish-before-commit] [--commit-delay-ms N] [--header-seconds S] [--say-node-id]
+        [--defect NAME] -- serve …
 
 The defects of many nodes are in ``defects``.
 A trial that passes with a protection off proves nothing about the protection.

@@ -159,7 +159,7 @@ class Scene:
 
 @asynccontextmanager
 async def scene(file: Path) -> AsyncIterator[Scene]:
-    async with Store.open(f"sqlite+aiosqlite:///{file}") as store:
+    async with Store.open(f"sqlite:///{file}") as store:
         idle = (await exchange(store, "Hello", "One ", "two.")).run.context_id
         await post(store)
         running = await claim(store)

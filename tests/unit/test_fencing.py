@@ -63,7 +63,7 @@ async def writers(tmp_path: Path) -> AsyncIterator[Writers]:
         max_pending_bytes=1024,
         max_reply_bytes=1_000_000,
     )
-    async with Store.open(f"sqlite+aiosqlite:///{database}") as store:
+    async with Store.open(f"sqlite:///{database}") as store:
         hub = Hub(Pacing(), metrics, asyncio.get_running_loop().time)
         async with Ledger(store, hub, RecentChunks(1_000_000, metrics), metrics, limits) as ledger:
             yield Writers(store, ledger, database)

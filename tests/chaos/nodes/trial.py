@@ -1,11 +1,11 @@
 """What the trials of many nodes share: clients that run meanwhile, the verdict in the end, and how it is printed."""
 
 import asyncio
+import contextlib
 import random
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Self
@@ -183,10 +183,11 @@ async def readiness(node: Node) -> int:
 async def becomes(node: Node, status: int, seconds: float) -> float | None:
     """The seconds until ``/readyz`` answers with a status; None when it does not in time."""
     began = time.monotonic()
-    while time.monotonic() - began < seconds:
-        if await readiness(node) == status:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            while await readiness(node) != status:  # noqa: ASYNC110  # What is waited for is another process.
+                await asyncio.sleep(0.05)
             return time.monotonic() - began
-        await asyncio.sleep(0.05)
     return None
 
 
@@ -200,7 +201,7 @@ async def ready_again(result: Result, nodes: Sequence[Node]) -> float:
     return max(READY_SECONDS if seconds is None else seconds for seconds in found)
 
 
-@asynccontextmanager
+@contextlib.asynccontextmanager
 async def without_checks(url: str) -> AsyncIterator[None]:
     """Drops the checks that the database itself makes of messages: for the control of what the append demands."""
     connection = await connect(url)

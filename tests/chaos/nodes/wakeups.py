@@ -96,6 +96,8 @@ async def wakeups(
         result.figures["replies written at the first node"] = elsewhere
         if not elsewhere:
             result.void = "no reply was written at the first node"
+        elif len(lost) == 1 or (loss is not Loss.DROPPED and len(fresh) == 1):
+            result.void = "no word came while wake-ups were lost, or after their return"
     return result
 
 

@@ -11,7 +11,7 @@ from context_server.bus.postgresql import connect_arguments
 from context_server.errors import BusNotAvailable
 from context_server.metrics import Metrics
 
-SQLITE = "sqlite+aiosqlite:///chat.db"
+SQLITE = "sqlite:///chat.db"
 POSTGRES = "postgresql+asyncpg://me@db/chat"
 
 
