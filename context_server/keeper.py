@@ -57,8 +57,6 @@ class Keeper:
         self._look_seconds = max(_LEAST_LOOK_SECONDS, min(_LOOK_SECONDS, shortest / _LOOKS))
         self._place: Place | None = None
         self._refused: set[str] = set()
-        # First what is gone already: else a backlog of old contexts would pile up as rows of nobody's.
-        self._is_clearing = False
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -75,7 +73,7 @@ class Keeper:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def _keep_forever(self) -> None:
-        chores = (self._forget_keys, self._compact, self._clear_contexts, self._expire_contexts)
+        chores = (self._forget_keys, self._compact, self._delete_contexts)
         due = dict.fromkeys(chores, 0.0)
         clock = asyncio.get_running_loop().time
         while True:
@@ -125,9 +123,17 @@ class Keeper:
                 log.error("compaction_refused", message_id=message_id)
         return done.resume_after is not None
 
+    async def _delete_contexts(self) -> bool:
+        """Deletes rows of contexts that are gone, and once there are none, takes those that are too old.
+
+        In this order, or a backlog of old contexts would pile up as rows of nobody's. What is gone may have been left
+        by another process.
+        """
+        return await self._store.house.clear_contexts() or await self._expire_contexts()
+
     async def _expire_contexts(self) -> bool:
-        """Deletes contexts that were without activity for long, and tells whoever follows them."""
-        if self._limits.retain_ms is None or self._is_clearing:
+        """Takes contexts that were without activity for long from their owners, and tells whoever follows them."""
+        if self._limits.retain_ms is None:
             return False
         expired = await self._store.house.expire_contexts(self._limits.retain_ms)
         for context in expired:
@@ -136,11 +142,6 @@ class Keeper:
             self._metrics.contexts_expired.inc(len(expired))
             log.info("contexts_expired", contexts=len(expired))
         return bool(expired)
-
-    async def _clear_contexts(self) -> bool:
-        """Deletes the rows of contexts that are gone, also of those that another process has left."""
-        self._is_clearing = await self._store.house.clear_contexts()
-        return self._is_clearing
 
 
 def rest_after(took_seconds: float, share: float) -> float:

@@ -268,7 +268,7 @@ class Ledger:
                 if attempt == 0:
                     log.warning("commit_delayed", code=error.code, runs=len(batch))
                 if isinstance(error, DatabaseBusy) and self._limits.renewal is not None:
-                    renewing = await self._renew_alone()
+                    renewing = await self._renew_alone(batch)
                 await asyncio.sleep(_RETRY_SECONDS[min(attempt, len(_RETRY_SECONDS) - 1)])
                 attempt += 1
             else:
@@ -279,17 +279,18 @@ class Ledger:
                 self._drop_lost(lost)
                 return
 
-    async def _renew_alone(self) -> list[str]:
+    async def _renew_alone(self, batch: list[tuple[OpenReply, Append]]) -> list[str]:
         """Renews all leases by themselves; the runs whose leases are still to be renewed.
 
         One context that somebody has locked holds the batch up, and must not cost the other runs here their leases.
+        What has become of the batch's own runs is found out by its next attempt: it may have ended them already.
         """
         run_ids = list(self._held)
         try:
             _, lost = await self._store.append_and_renew((), run_ids)
         except PASSING:
             return run_ids
-        self._drop_lost(lost)
+        self._drop_lost(lost - {reply.run.id for reply, _ in batch})
         return []
 
     async def _settle(

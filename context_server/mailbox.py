@@ -134,6 +134,8 @@ class Mailbox:
         self._types = types
         self._slots: dict[tuple[str, str], Signal] = {}
         self._sent: dict[str, _Sent] = {}
+        # Messages whose end is not wanted here, and whose last delta is still unsent.
+        self._ending: set[str] = set()
         self._told: dict[str, _Told] = {}
         # Contexts for which patience has run out, the oldest first, and how many signals in a row were pulled since.
         self._unpulled: dict[str, int] = {}
@@ -219,7 +221,10 @@ class Mailbox:
     def _insert(self, signal: Signal) -> None:
         if self._types is not None and type(signal) not in self._types and not isinstance(signal, ContextDeleted):
             if isinstance(signal, MessageCompleted):
-                self._note_done(signal.message_id)
+                if ("delta", signal.message_id) in self._slots:
+                    self._ending.add(signal.message_id)
+                else:
+                    self._note_done(signal.message_id)
             return  # What nobody wants is not paced either.
         match signal:
             case StateChanged():
@@ -262,6 +267,7 @@ class Mailbox:
 
     def _forget(self, context_id: str) -> None:
         """Drops what is unsent of a context, and what is remembered of its messages."""
+        self._ending -= {key[1] for key, signal in self._slots.items() if signal.context_id == context_id}
         self._slots = {key: signal for key, signal in self._slots.items() if signal.context_id != context_id}
         for message_id in [key for key, sent in self._sent.items() if sent.context_id == context_id]:
             del self._sent[message_id]
@@ -348,10 +354,13 @@ class Mailbox:
                 else:
                     self._count_pulled(signal.message_id, sent)
                     sent.moment, sent.sequence = moment, signal.current_sequence
+                if signal.message_id in self._ending:
+                    self._note_done(signal.message_id)
             case MessageCompleted():
                 self._note_done(signal.message_id)
 
     def _note_done(self, message_id: str) -> None:
+        self._ending.discard(message_id)
         if self._sent.pop(message_id, None) is not None:
             self._pulls.unfollow(message_id, self)
 

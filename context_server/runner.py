@@ -47,7 +47,8 @@ log = structlog.get_logger("context_server.runner")
 _SWEEP_SECONDS = 2.0
 """How often the runner looks by itself for queued runs and for runs to be stopped, in case a wake-up was lost."""
 _REAP_LIMIT = 100
-_REAPED_AT_ONCE = 4
+_REAPED_AT_ONCE = 3
+"""One connection of four, by default, is left for commands meanwhile."""
 _OTHERS_FIRST_SECONDS = 0.05
 _RETRY_SECONDS = (0.1, 0.25, 0.5, 1.0, 2.0)
 _CLAIM_LIMIT = 100
@@ -237,14 +238,11 @@ class Runner:
             self._store.fail("the epoch of the database changed")
 
     async def _claim(self) -> None:
+        if self._is_claim_unknown:
+            await self._adopt()
         room = self._limits.max_active_runs - len(self._runs)
         if self.draining or room <= 0:
             return
-        if self._is_claim_unknown:
-            for run, transition in await self._store.claimed_runs():
-                if run.id not in self._runs:
-                    self._start(run, transition)
-            self._is_claim_unknown = False
         limit = min(room, _CLAIM_LIMIT)
         self._told_early.clear()
         claimed = await self._store.claim_runs(limit)
@@ -252,6 +250,14 @@ class Runner:
             self._start(run, transition)
         if len(claimed) == limit:
             self._wake.set()
+
+    async def _adopt(self) -> None:
+        """Starts the runs of a claim whose outcome was unknown, where it has happened."""
+        known = set(self._runs)  # From before the read: one that ends meanwhile is not to be run again.
+        for run, transition in await self._store.claimed_runs():
+            if run.id not in known:
+                self._start(run, transition)
+        self._is_claim_unknown = False
 
     def _start(self, run: Run, transition: Transition) -> None:
         self._stops[run.id] = asyncio.get_running_loop().create_future()

@@ -138,6 +138,7 @@ def delete_context(
         connection.execute(*statements.delete_context(context_id))
         return to_context(row, epoch)
     if row.active_run_id is not None:
+        connection.execute(*statements.lock_message(row.run_message_id))  # Its writer may be about to append.
         _end_run_here(connection, row, row.version + 1, now_ms)
         values = {"state": State.IDLE, "version": row.version + 1, "active_run_id": None, "updated_at": now_ms}
         move_context(connection, context_id, row.version, values)
@@ -286,6 +287,7 @@ def request_cancel(
 
 def _end_run_here(connection: Connection, context: Row[Any], version: int, now_ms: int) -> EndedMessage:
     """Ends a run that nobody is running, or that is to be fenced, and its reply."""
+    ended = end_message(connection, context.run_message_id, MessageStatus.CANCELLED, version, now_ms)
     values = {"status": RunStatus.CANCELLED, "ended_at": now_ms, "lease_expires_at": None}
     connection.execute(*statements.update_run(context.active_run_id, values))
-    return end_message(connection, context.run_message_id, MessageStatus.CANCELLED, version, now_ms)
+    return ended

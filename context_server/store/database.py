@@ -274,8 +274,8 @@ class PostgresDatabase(Database):
                     except DBAPIError as error:
                         if not (postgresql.is_repeatable(error) or postgresql.is_disconnect(error)):
                             raise
-                    except OutcomeUnknown:
-                        if engine is not self._readers:
+                    except OutcomeUnknown as error:
+                        if engine is not self._readers or isinstance(error.__cause__, asyncio.CancelledError):
                             raise
                 return await _transaction(engine, work)
         except _LOST as error:

@@ -123,7 +123,7 @@ def select_busy_ids(owner: str, limit: int) -> Bound:
 
 
 def lock_states(context_ids: Iterable[str]) -> Bound:
-    """The same, of contexts that runs of ours are about to move; locked, in one order for everybody."""
+    """State and version of contexts that runs are about to move, by primary key; locked, in one order for everybody."""
     return _LOCK_STATES, {"key_ids": list(context_ids)}
 
 
@@ -229,6 +229,14 @@ def select_ended_since(context_id: str, version: int, limit: int) -> Bound:
     At it too: a client may have been told of the state at that version and not yet of the ending.
     """
     return _SELECT_ENDED_SINCE, {"key_context_id": context_id, "since": version, "rows": limit}
+
+
+_LOCK_MESSAGE = select(messages.c.id).where(messages.c.id == bindparam("key_id")).with_for_update()
+
+
+def lock_message(message_id: str) -> Bound:
+    """Locks a message, by primary key: what is read of it afterwards is the newest."""
+    return _LOCK_MESSAGE, {"key_id": message_id}
 
 
 def update_message(message_id: str, values: Mapping[str, Any]) -> Bound:

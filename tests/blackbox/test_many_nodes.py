@@ -54,8 +54,8 @@ def test_a_reply_is_cancelled_at_another_node(tmp_path: Path, command: tuple[str
             took.append(time.monotonic() - began)
         reply = there.message(contexts[-1], posted["reply_message_id"])
         assert (reply["status"], reply["content"]) == ("cancelled", "kept")
-        if command == Server.command:
-            assert statistics.median(took) < 1.0, took  # Without wake-ups it is as long as half a sweep, a second.
+        # With wake-ups it is some hundredths; without, half a sweep of two seconds.
+        assert statistics.median(took) < (1.0 if command == Server.command else 3.0), took
 
 
 @pytest.mark.scenario("many-nodes", "Node asked to stop")

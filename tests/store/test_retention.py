@@ -6,7 +6,7 @@ import pytest
 
 from context_server.errors import ContextNotFound
 from context_server.records import Outcome
-from context_server.store import Store, conversations, retention
+from context_server.store import Store, conversations, endings, retention
 from context_server.store.conversations import Post
 from context_server.store.execution import BatchRefused, Standing
 from context_server.store.reading import Subscription
@@ -96,6 +96,26 @@ async def test_the_run_of_a_long_context_that_is_deleted_is_fenced(store, counte
     while await store.house.clear_contexts():
         pass
     assert set(counted().values()) == {0}
+
+
+@pytest.mark.only("postgresql")
+async def test_a_reply_that_goes_on_while_its_long_context_is_deleted(store, monkeypatch):
+    read_digest = endings._read_digest
+
+    def read_slowly(connection, message_id):
+        found = read_digest(connection, message_id)
+        connection.exec_driver_sql("SELECT pg_sleep(0.5)")
+        return found
+
+    monkeypatch.setattr(conversations, "_CHUNKS_AT_ONCE", 10)
+    monkeypatch.setattr(endings, "_read_digest", read_slowly)
+    writer = await start(store)
+    await writer.write(*["word "] * 20)
+    deleting = asyncio.create_task(store.delete_context(OWNER, writer.run.context_id))
+    await asyncio.sleep(0.2)
+    with pytest.raises(BatchRefused):
+        await store.append([writer.take("late")])
+    await deleting
 
 
 @pytest.mark.scenario("retention", "Deletion interrupted")

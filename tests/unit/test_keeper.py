@@ -196,7 +196,7 @@ async def test_a_message_with_a_defect_is_named_once(kept, capsys):
         run = await written(house.store, list("a longer reply"))
         with closing(sqlite3.connect(house.path)) as beside, beside:
             beside.execute("DELETE FROM chunks WHERE sequence = 4")
-        looked = house.metrics.housekeeping_seconds.labels("clear_contexts")
+        looked = house.metrics.housekeeping_seconds.labels("delete_contexts")
         async with house.keeper:
             rounds = []
 

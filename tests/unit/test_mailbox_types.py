@@ -44,9 +44,14 @@ def test_an_end_that_is_not_sent_leaves_nothing_behind() -> None:
     mailbox.put(delta(1))
     assert mailbox.take() == ([delta(1)], None)
     assert pulls._followers
-    mailbox.put(completed(1))
+    for signal in (delta(2), completed(2)):
+        mailbox.put(signal)
+    assert pulls._followers, "The last delta is still to come."
+    clock.now += PACING.patience
+    assert mailbox.take() == ([delta(2)], None)
     assert not pulls._followers
     assert not mailbox._sent
+    assert not mailbox._ending
 
 
 def test_what_is_sent_is_paced_as_ever() -> None:

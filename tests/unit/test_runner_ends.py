@@ -64,7 +64,7 @@ async def test_a_run_that_is_told_to_stop_while_it_is_being_claimed_stops_withou
         assert (await rooms.ended(receipt)).status is MessageStatus.CANCELLED
 
 
-async def test_one_sweep_ends_every_run_of_a_dead_node(tmp_path, monkeypatch):
+async def test_more_runs_of_a_dead_process_are_ended_than_one_look_finds(tmp_path, monkeypatch):
     monkeypatch.setattr(runner_module, "_REAP_LIMIT", 3)
     async with Store.open(f"sqlite:///{tmp_path / 'context-server.db'}") as dead:
         for _ in range(10):

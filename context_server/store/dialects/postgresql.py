@@ -73,7 +73,7 @@ def server_url(url: URL) -> URL:
 
 
 def open_appender(url: URL) -> "AsyncEngine":
-    """The engine of the group commit: it waits for no lock longer than the leases that it renews can bear."""
+    """The engine of the group commit: it waits for no lock longer than leases of the default length can bear."""
     return _open(url, 1, isolation_level="READ COMMITTED", settings={"lock_timeout": "1000"})
 
 
