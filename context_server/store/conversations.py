@@ -25,7 +25,7 @@ from context_server.records import (
     new_id,
 )
 from context_server.storable import split_text
-from context_server.store import keeping_statements, statements
+from context_server.store import keeping_statements, run_statements, statements
 from context_server.store.dialects import dialect_of
 from context_server.store.endings import end_message
 from context_server.store.moves import move_context
@@ -237,7 +237,7 @@ def _insert_exchange(connection: Connection, context: Row[Any], receipt: Receipt
         [(receipt.message_id, Chunk(number, ChunkKind.TEXT, piece)) for number, piece in enumerate(pieces, start=1)],
     )
     connection.execute(
-        *statements.insert_run(
+        *run_statements.insert_run(
             {
                 "id": receipt.run_id,
                 "context_id": context.id,
@@ -289,5 +289,5 @@ def _end_run_here(connection: Connection, context: Row[Any], version: int, now_m
     """Ends a run that nobody is running, or that is to be fenced, and its reply."""
     ended = end_message(connection, context.run_message_id, MessageStatus.CANCELLED, version, now_ms)
     values = {"status": RunStatus.CANCELLED, "ended_at": now_ms, "lease_expires_at": None}
-    connection.execute(*statements.update_run(context.active_run_id, values))
+    connection.execute(*run_statements.update_run(context.active_run_id, values))
     return ended

@@ -24,7 +24,7 @@ from context_server.records import (
     State,
     Transition,
 )
-from context_server.store import statements
+from context_server.store import run_statements, statements
 from context_server.store.dialects import dialect_of
 from context_server.store.endings import end_message
 from context_server.store.moves import move_context
@@ -50,15 +50,15 @@ class Lease:
 
 def claim_runs(connection: Connection, *, now_ms: int, limit: int, lease: Lease | None) -> list[tuple[Run, Transition]]:
     """Up to ``limit`` queued runs, oldest first, now running in this process with their attempt raised."""
-    claimed = [_claim(connection, row, now_ms) for row in connection.execute(*statements.claim_runs(limit)).all()]
+    claimed = [_claim(connection, row, now_ms) for row in connection.execute(*run_statements.claim_runs(limit)).all()]
     if claimed and lease is not None:
-        connection.execute(*statements.take_leases([run.id for run, _ in claimed], lease.node_id, lease.lease_ms))
+        connection.execute(*run_statements.take_leases([run.id for run, _ in claimed], lease.node_id, lease.lease_ms))
     return claimed
 
 
 def renew_leases(connection: Connection, *, run_ids: Sequence[str], lease: Lease) -> frozenset[str]:
     """Renews the leases of a node's runs; the ids of those that it has lost."""
-    held = connection.scalars(*statements.renew_leases(run_ids, lease.node_id, lease.lease_ms)).all()
+    held = connection.scalars(*run_statements.renew_leases(run_ids, lease.node_id, lease.lease_ms)).all()
     return frozenset(run_ids) - frozenset(held)
 
 
@@ -67,7 +67,7 @@ def _claim(connection: Connection, row: Row[Any], now_ms: int) -> tuple[Run, Tra
     thinking = advance(state, Event.RUN_CLAIMED)
     run = _to_run(row, row.attempt + 1)
     connection.execute(
-        *statements.update_run(run.id, {"status": RunStatus.RUNNING, "attempt": run.attempt, "started_at": now_ms})
+        *run_statements.update_run(run.id, {"status": RunStatus.RUNNING, "attempt": run.attempt, "started_at": now_ms})
     )
     connection.execute(*statements.update_message(run.message_id, {"attempt": run.attempt}))
     transition = Transition(
@@ -127,7 +127,7 @@ class Standing(StrEnum):
 def standings(connection: Connection, *, batch: Sequence[Append]) -> list[tuple[Standing, Transition | None]]:
     """Where each append of a batch stands; of a written one also how its context stands now."""
     message_ids = [append.run.message_id for append in batch]
-    rows = {row.id: row for row in connection.execute(*statements.select_standings(message_ids))}
+    rows = {row.id: row for row in connection.execute(*run_statements.select_standings(message_ids))}
     return [_standing(append, rows.get(append.run.message_id)) for append in batch]
 
 
@@ -207,7 +207,7 @@ def _end_run(
     version: int,
     now_ms: int,
 ) -> None:
-    connection.execute(*statements.update_run(append.run.id, _ended_run(run_status, now_ms)))
+    connection.execute(*run_statements.update_run(append.run.id, _ended_run(run_status, now_ms)))
     connection.execute(
         *statements.update_message(
             append.run.message_id,
@@ -230,7 +230,7 @@ def _ended_run(status: RunStatus, now_ms: int) -> dict[str, Any]:
 
 def expired_runs(connection: Connection, *, limit: int) -> list[Run]:
     """Runs marked as running that nobody holds, oldest first; where there are no leases, all that are so marked."""
-    rows = connection.execute(*statements.select_expired_runs(limit)).all()
+    rows = connection.execute(*run_statements.select_expired_runs(limit)).all()
     return [
         Run(id=row.id, context_id=row.context_id, message_id=row.message_id, owner=row.owner, attempt=row.attempt)
         for row in rows
@@ -239,7 +239,7 @@ def expired_runs(connection: Connection, *, limit: int) -> list[Run]:
 
 def running_states(connection: Connection, *, run_ids: Sequence[str], lease: Lease | None) -> dict[str, State]:
     """The context's state of those of these runs that are marked as running on this node, by the run's id."""
-    ours = statements.select_running_states(run_ids, None if lease is None else lease.node_id)
+    ours = run_statements.select_running_states(run_ids, None if lease is None else lease.node_id)
     return {row.id: State(row.state) for row in connection.execute(*ours)}
 
 
@@ -248,7 +248,7 @@ def claimed_runs(connection: Connection, *, lease: Lease | None) -> list[tuple[R
     if lease is None:
         return []
     found = []
-    for row in connection.execute(*statements.select_claimed_runs(lease.node_id)):
+    for row in connection.execute(*run_statements.select_claimed_runs(lease.node_id)):
         run = _to_run(row, row.attempt)
         transition = Transition(
             context_id=run.context_id,
@@ -264,7 +264,7 @@ def claimed_runs(connection: Connection, *, lease: Lease | None) -> list[tuple[R
 
 def queued_runs(connection: Connection) -> list[Run]:
     """The queued runs, as far as one claim after the other would take them."""
-    return [_to_run(row, row.attempt) for row in connection.execute(*statements.select_queued_runs(_QUEUE_LIMIT))]
+    return [_to_run(row, row.attempt) for row in connection.execute(*run_statements.select_queued_runs(_QUEUE_LIMIT))]
 
 
 def expire_run(connection: Connection, *, run: Run, now_ms: int) -> Transition | None:
@@ -272,7 +272,7 @@ def expire_run(connection: Connection, *, run: Run, now_ms: int) -> Transition |
 
     Everything that it appended is kept. None where somebody holds it again, has ended it, or is about to.
     """
-    context = connection.execute(*statements.lock_expired_run(run.id, run.attempt)).one_or_none()
+    context = connection.execute(*run_statements.lock_expired_run(run.id, run.attempt)).one_or_none()
     if context is None:
         return None
     state = State(context.state)
@@ -281,7 +281,7 @@ def expire_run(connection: Connection, *, run: Run, now_ms: int) -> Transition |
     cancelled = state is State.CANCELLING
     status = MessageStatus.CANCELLED if cancelled else MessageStatus.FAILED
     run_status = RunStatus.CANCELLED if cancelled else RunStatus.FAILED
-    connection.execute(*statements.update_run(run.id, _ended_run(run_status, now_ms)))
+    connection.execute(*run_statements.update_run(run.id, _ended_run(run_status, now_ms)))
     failure = None if cancelled else INTERRUPTED
     ended = end_message(connection, run.message_id, status, version, now_ms, failure)
     values = {"state": target, "version": version, "active_run_id": None, "updated_at": now_ms}

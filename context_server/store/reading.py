@@ -21,7 +21,7 @@ from context_server.records import (
     Turn,
     now,
 )
-from context_server.store import statements
+from context_server.store import run_statements, statements
 from context_server.store.keeping_statements import select_segments
 from context_server.store.rows import to_chunk, to_context, to_message, to_snapshot
 from context_server.store.segments import decode_segment
@@ -283,4 +283,4 @@ def history(connection: Connection, *, run: Run, max_bytes: int) -> list[Turn]:
 
 def active_runs(connection: Connection) -> dict[str, int]:
     """How many runs there are, by active status."""
-    return {row.status: row.runs for row in connection.execute(*statements.count_active_runs())}
+    return {row.status: row.runs for row in connection.execute(*run_statements.count_active_runs())}

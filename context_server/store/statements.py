@@ -9,7 +9,7 @@ request reaches is scoped by owner, by the statement itself or by one before it 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import BigInteger, Executable, and_, bindparam, delete, func, insert, or_, select, tuple_, update
+from sqlalchemy import Executable, bindparam, delete, func, insert, select, tuple_, update
 
 from context_server.records import Role, RunStatus
 from context_server.store.clock import database_now_ms
@@ -20,7 +20,7 @@ Bound = tuple[Executable, dict[str, Any] | list[dict[str, Any]]]
 
 # Written out in the statement and not bound, and the same as in the index: SQLite takes a partial index only where it
 # can see that the statement asks for nothing outside of it.
-_IS_ACTIVE = runs.c.status.in_(
+IS_ACTIVE = runs.c.status.in_(
     bindparam(
         "active", (RunStatus.QUEUED, RunStatus.RUNNING, RunStatus.SUSPENDED), expanding=True, literal_execute=True
     )
@@ -79,7 +79,7 @@ _SELECT_NEWEST_IDS = (
 _SELECT_BUSY_IDS = (
     select(contexts.c.id)
     .join(runs, runs.c.context_id == contexts.c.id)
-    .where(_IS_ACTIVE, contexts.c.owner == bindparam("key_owner"))
+    .where(IS_ACTIVE, contexts.c.owner == bindparam("key_owner"))
     .limit(bindparam("rows"))
 )
 _LOCK_STATES = (
@@ -261,148 +261,6 @@ _SELECT_CHUNKS = (
 def select_chunks(message_id: str, after: int, until: int, limit: int) -> Bound:
     """Chunks ``after < sequence <= until`` of a message: a range of the primary key, in order, bounded in rows."""
     return _SELECT_CHUNKS, {"key_message_id": message_id, "after": after, "until": until, "rows": limit}
-
-
-# Runs
-
-_INSERT_RUN = insert(runs)
-_SELECT_RUNS = select(
-    runs,
-    contexts.c.owner,
-    contexts.c.state,
-    contexts.c.version,
-    contexts.c.mode,
-    contexts.c.metadata.label("context_metadata"),
-).join(contexts, contexts.c.id == runs.c.context_id)
-_SELECT_QUEUED_RUNS = (
-    _SELECT_RUNS.where(_IS_ACTIVE, runs.c.status == RunStatus.QUEUED)
-    .order_by(runs.c.created_at, runs.c.id)
-    .limit(bindparam("rows"))
-)
-_CLAIM_RUNS = _SELECT_QUEUED_RUNS.with_for_update(of=(runs, contexts), skip_locked=True)
-_IS_LEASED = runs.c.lease_expires_at > database_now_ms()
-_HAS_EXPIRED = and_(
-    _IS_ACTIVE,
-    runs.c.status == RunStatus.RUNNING,
-    or_(runs.c.lease_expires_at.is_(None), runs.c.lease_expires_at <= database_now_ms()),
-)
-_SELECT_EXPIRED_RUNS = (
-    select(runs.c.id, runs.c.context_id, runs.c.message_id, runs.c.attempt, contexts.c.owner)
-    .join(contexts, contexts.c.id == runs.c.context_id)
-    .where(_HAS_EXPIRED)
-    .order_by(runs.c.created_at, runs.c.id)
-    .limit(bindparam("rows"))
-)
-_LOCK_EXPIRED_RUN = (
-    select(contexts.c.state, contexts.c.version)
-    .select_from(runs)
-    .join(contexts, contexts.c.id == runs.c.context_id)
-    .join(messages, messages.c.id == runs.c.message_id)
-    .where(_HAS_EXPIRED, runs.c.id == bindparam("key_id"), runs.c.attempt == bindparam("key_attempt"))
-    .with_for_update(of=(runs, contexts, messages), skip_locked=True)
-)
-_LEASE = {"node_id": bindparam("node"), "lease_expires_at": database_now_ms() + bindparam("lease_ms", type_=BigInteger)}
-_TAKE_LEASES = update(runs).where(runs.c.id.in_(bindparam("key_ids", expanding=True))).values(_LEASE)
-_RENEW_LEASES = (
-    update(runs)
-    .where(runs.c.id.in_(bindparam("key_ids", expanding=True)), runs.c.node_id == bindparam("key_node"), _IS_LEASED)
-    .values(lease_expires_at=_LEASE["lease_expires_at"])
-    .returning(runs.c.id)
-)
-_SELECT_STANDINGS = (
-    select(
-        messages.c.id,
-        messages.c.attempt,
-        messages.c.sequence,
-        messages.c.final_sequence,
-        messages.c.status,
-        messages.c.digest,
-        or_(runs.c.lease_expires_at.is_(None), _IS_LEASED).label("is_held"),
-        contexts.c.state,
-        contexts.c.version,
-    )
-    .join(runs, runs.c.id == messages.c.run_id)
-    .join(contexts, contexts.c.id == messages.c.context_id)
-    .where(messages.c.id.in_(bindparam("key_ids", expanding=True)))
-)
-_SELECT_RUNNING_STATES = (
-    select(runs.c.id, contexts.c.state)
-    .join(contexts, contexts.c.id == runs.c.context_id)
-    .where(
-        runs.c.id.in_(bindparam("key_ids", expanding=True)),
-        runs.c.status == RunStatus.RUNNING,
-        runs.c.node_id.is_not_distinct_from(bindparam("key_node")),
-    )
-)
-_SELECT_CLAIMED_RUNS = _SELECT_RUNS.join(messages, messages.c.id == runs.c.message_id).where(
-    _IS_ACTIVE,
-    runs.c.status == RunStatus.RUNNING,
-    runs.c.node_id == bindparam("key_node"),
-    _IS_LEASED,
-    messages.c.sequence == 0,
-)
-_UPDATE_RUN = update(runs).where(runs.c.id == bindparam("key_id"))
-_COUNT_ACTIVE_RUNS = select(runs.c.status, func.count().label("runs")).where(_IS_ACTIVE).group_by(runs.c.status)
-
-
-def insert_run(values: Mapping[str, Any]) -> Bound:
-    """A new run; the partial unique index refuses a second active one of the context."""
-    return _INSERT_RUN, dict(values)
-
-
-def select_queued_runs(limit: int) -> Bound:
-    """Queued runs with what their agent needs, oldest first; partial index of active runs."""
-    return _SELECT_QUEUED_RUNS, {"rows": limit}
-
-
-def claim_runs(limit: int) -> Bound:
-    """The same, locked with their contexts; those that somebody else has locked are left out."""
-    return _CLAIM_RUNS, {"rows": limit}
-
-
-def select_expired_runs(limit: int) -> Bound:
-    """Runs marked as running whose lease is over, or who have none; partial index of active runs."""
-    return _SELECT_EXPIRED_RUNS, {"rows": limit}
-
-
-def lock_expired_run(run_id: str, attempt: int) -> Bound:
-    """State and version of the context of a run that nobody holds, all of its rows locked; nothing where one is."""
-    return _LOCK_EXPIRED_RUN, {"key_id": run_id, "key_attempt": attempt}
-
-
-def take_leases(run_ids: Iterable[str], node_id: str, lease_ms: int) -> Bound:
-    """Leases runs that this transaction has locked to a node, by primary key."""
-    return _TAKE_LEASES, {"key_ids": list(run_ids), "node": node_id, "lease_ms": lease_ms}
-
-
-def renew_leases(run_ids: Iterable[str], node_id: str, lease_ms: int) -> Bound:
-    """Renews the leases that the node still has, by primary key; gives the ids of those runs."""
-    return _RENEW_LEASES, {"key_ids": list(run_ids), "key_node": node_id, "lease_ms": lease_ms}
-
-
-def select_standings(message_ids: Iterable[str]) -> Bound:
-    """Where the replies of runs stand: message, lease and context, by primary keys."""
-    return _SELECT_STANDINGS, {"key_ids": list(message_ids)}
-
-
-def select_running_states(run_ids: Iterable[str], node_id: str | None) -> Bound:
-    """The context's state of those runs that are marked as running on a node, by primary key."""
-    return _SELECT_RUNNING_STATES, {"key_ids": list(run_ids), "key_node": node_id}
-
-
-def select_claimed_runs(node_id: str) -> Bound:
-    """Runs leased to a node whose replies hold nothing; partial index of active runs."""
-    return _SELECT_CLAIMED_RUNS, {"key_node": node_id}
-
-
-def update_run(run_id: str, values: Mapping[str, Any]) -> Bound:
-    """Changes a run, by primary key."""
-    return _UPDATE_RUN, {"key_id": run_id, **values}
-
-
-def count_active_runs() -> Bound:
-    """How many runs there are in each active status; partial index of active runs."""
-    return _COUNT_ACTIVE_RUNS, {}
 
 
 # Idempotency keys
