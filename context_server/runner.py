@@ -238,10 +238,12 @@ class Runner:
             self._store.fail("the epoch of the database changed")
 
     async def _claim(self) -> None:
+        if self.draining:
+            return
         if self._is_claim_unknown:
             await self._adopt()
         room = self._limits.max_active_runs - len(self._runs)
-        if self.draining or room <= 0:
+        if room <= 0:
             return
         limit = min(room, _CLAIM_LIMIT)
         self._told_early.clear()

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import bindparam, delete, insert, select, text, tuple_, update
+from sqlalchemy import Column, Delete, Table, bindparam, delete, insert, select, text, tuple_, update
 
 from context_server.store.statements import Bound
 from context_server.store.tables import (
@@ -121,26 +121,17 @@ _LOCK_MESSAGES = (
     .limit(bindparam("rows"))
     .with_for_update()
 )
-_DELETE_FIRST_CHUNKS = delete(chunks).where(
-    chunks.c.message_id == bindparam("key_message_id"),
-    chunks.c.sequence.in_(
-        select(chunks.c.sequence)
-        .where(chunks.c.message_id == bindparam("key_message_id"))
-        .order_by(chunks.c.sequence)
-        .limit(bindparam("rows"))
-        .scalar_subquery()
-    ),
-)
-_DELETE_FIRST_SEGMENTS = delete(segments).where(
-    segments.c.message_id == bindparam("key_message_id"),
-    segments.c.last_sequence.in_(
-        select(segments.c.last_sequence)
-        .where(segments.c.message_id == bindparam("key_message_id"))
-        .order_by(segments.c.last_sequence)
-        .limit(bindparam("rows"))
-        .scalar_subquery()
-    ),
-)
+
+
+def _delete_first(table: Table, place: Column[int]) -> Delete:
+    """Deletes the leading rows of a message, by the place of each in it."""
+    ours = table.c.message_id == bindparam("key_message_id")
+    first = select(place).where(ours).order_by(place).limit(bindparam("rows")).scalar_subquery()
+    return delete(table).where(ours, place.in_(first))
+
+
+_DELETE_FIRST_CHUNKS = _delete_first(chunks, chunks.c.sequence)
+_DELETE_FIRST_SEGMENTS = _delete_first(segments, segments.c.last_sequence)
 _DELETE_MESSAGES = delete(messages).where(messages.c.id.in_(bindparam("key_ids", expanding=True)))
 
 
