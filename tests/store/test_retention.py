@@ -101,9 +101,11 @@ async def test_the_run_of_a_long_context_that_is_deleted_is_fenced(store, counte
 @pytest.mark.only("postgresql")
 async def test_a_reply_that_goes_on_while_its_long_context_is_deleted(store, monkeypatch):
     read_digest = endings._read_digest
+    has_read = asyncio.Event()
 
     def read_slowly(connection, message_id):
         found = read_digest(connection, message_id)
+        has_read.set()
         connection.exec_driver_sql("SELECT pg_sleep(0.5)")
         return found
 
@@ -112,7 +114,7 @@ async def test_a_reply_that_goes_on_while_its_long_context_is_deleted(store, mon
     writer = await start(store)
     await writer.write(*["word "] * 20)
     deleting = asyncio.create_task(store.delete_context(OWNER, writer.run.context_id))
-    await asyncio.sleep(0.2)
+    await has_read.wait()
     with pytest.raises(BatchRefused):
         await store.append([writer.take("late")])
     await deleting
