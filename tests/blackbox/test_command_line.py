@@ -164,7 +164,7 @@ def test_a_wrong_setting_is_one_line_and_exit_code_2(
 def test_a_setting_that_cannot_be_used_is_one_line_and_exit_code_2(tmp_path: Path, case: str) -> None:
     *arguments, named = USELESS[case]
 
-    assert named in the_line(run(tmp_path, "serve", *arguments))
+    assert named in the_line(run(tmp_path, "serve", *arguments, port="0"))
 
 
 @pytest.mark.scenario("operations", "Wrong setting")
@@ -246,7 +246,7 @@ def test_a_newer_schema_is_left_alone(tmp_path: Path) -> None:
     before = database.read_bytes()
 
     for command_name in ("serve", "migrate", "new-epoch"):
-        assert "from_the_future" in the_line(run(tmp_path, command_name))
+        assert "from_the_future" in the_line(run(tmp_path, command_name, port="0"))
 
     assert database.read_bytes() == before
 
