@@ -1,7 +1,11 @@
 """The command line: serve · migrate · chat · new-epoch."""
 
-import asyncio
 import gc
+
+# Until everything is read in: what is imported is no garbage, and looking for some took a quarter of the start.
+gc.disable()
+
+import asyncio
 import os
 import sys
 from typing import Any, NoReturn
@@ -21,6 +25,8 @@ from context_server.serving import build_server, listen, listen_apart, listen_be
 from context_server.settings import LOOPBACK_HOSTS, Settings
 from context_server.store.maintenance import change_schema, renew_epoch
 from context_server.workers import EXIT_STORAGE_BROKEN, Assignment, Supervisor, values_directory
+
+gc.enable()
 
 EXIT_USAGE = 2
 WORKER_PROGRAM: tuple[str, ...] = (sys.executable, "-m", "context_server", "worker")
@@ -95,6 +101,9 @@ def main() -> None:
 @click.option("--database", help="Path of a SQLite file, or a SQLAlchemy URL.  [default: context-server.db]")
 @click.option("--bus", help="A redis:// URL for wake-ups between nodes.  [default: PostgreSQL's LISTEN and NOTIFY]")
 @click.option("--agent", help="demo, metronome, or module:name.  [default: demo]")
+@click.option("--model", help="Model that writes replies, as provider:name, such as openai-chat:gpt-oss.")
+@click.option("--model-url", help="OpenAI-compatible server that has the model, such as http://127.0.0.1:11434/v1.")
+@click.option("--mcp", multiple=True, help="URL or command of an MCP server whose tools the agent gets; repeat it.")
 @click.option("--log-format", help="console or json.  [default: console]")
 @click.option("--allowed-host", "allowed_hosts", multiple=True, help="Host name to accept besides loopback; repeat it.")
 @click.option("--cors-origin", "cors_origins", multiple=True, help="Exact origin of web pages to allow; repeat it.")
@@ -192,7 +201,7 @@ def _leave(code: int) -> NoReturn:
 
 def _announce(settings: Settings, port: int) -> None:
     """Says that the server is there, and what to try next."""
-    log.info("serving", host=settings.host, port=port, database=_database_name(settings), agent=settings.agent)
+    log.info("serving", host=settings.host, port=port, database=_database_name(settings), agent=settings.writer)
     if settings.host not in LOOPBACK_HOSTS:
         log.warning("reachable_from_outside", hint="there is no authentication; put a proxy that has some before it")
     if settings.log_format != "console":
@@ -203,7 +212,7 @@ def _announce(settings: Settings, port: int) -> None:
     click.echo(
         f"""
   context-server {__version__} is ready at {url}
-  Replies are written by the {settings.agent!r} agent and kept in {_database_name(settings)}.
+  Replies are written by the {settings.writer!r} agent and kept in {_database_name(settings)}.
 
   Try, in another terminal:
     context-server chat{option}

@@ -3,20 +3,25 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-from context_server.agents import Agent, load_agent
+from context_server import __version__
+from context_server.agents import Agent, Choice, load_agent
 from context_server.api.guard import Guard
 from context_server.api.openapi import Documents
 from context_server.api.requests import ApiLimits, Rooms
 from context_server.api.routes import ENDPOINTS, build_routes, path_not_found
 from context_server.bus import open_bus
 from context_server.commands import Commands
+from context_server.driver import Driver, RunLimits
 from context_server.errors import StorageBroken
+from context_server.files import FileLimits, Files
+from context_server.folder import Folder
 from context_server.hub import Hub
 from context_server.keeper import Keeper, KeeperLimits
 from context_server.ledger import Ledger, LedgerLimits
@@ -28,12 +33,22 @@ from context_server.records import new_id
 from context_server.relay import Relay
 from context_server.runner import Runner, RunnerLimits
 from context_server.settings import LOOPBACK_HOSTS, Settings
+from context_server.slash import Facts, SlashCommands
 from context_server.store import Store
+from context_server.store.database import file_of
 from context_server.store.execution import Lease
 from context_server.store.retention import ExpiredContext
 
 EXPOSED_HEADERS = ("ETag", "Location", "Idempotency-Replayed", "Retry-After", "Allow")
-ACCEPTED_HEADERS = ("Content-Type", "Idempotency-Key", "If-Match", "If-None-Match", "Last-Event-ID", "Cache-Control")
+ACCEPTED_HEADERS = (
+    "Authorization",
+    "Content-Type",
+    "Idempotency-Key",
+    "If-Match",
+    "If-None-Match",
+    "Last-Event-ID",
+    "Cache-Control",
+)
 
 
 class Application(Starlette):
@@ -71,7 +86,7 @@ def create_app(
         DatabaseNotSupported, DatabaseInUse, DatabaseUnreachable, SchemaMismatch, BusNotAvailable: from the lifespan.
     """
     settings = settings or Settings()
-    agent = agent or load_agent(settings.agent)
+    agent = agent or load_agent(settings.agent, _choice(settings))
     metrics = metrics or Metrics()
 
     @contextlib.asynccontextmanager
@@ -133,6 +148,8 @@ async def open_rooms(
         bus = await stack.enter_async_context(
             open_bus(settings.database_url, settings.bus, namespace=store.epoch, metrics=metrics)
         )
+        files = Files(store.files, Folder(_files_path(settings)), _file_limits(settings))
+        await files.sweep()
         pacing = Pacing(
             settle=settings.signal_settle_ms / 1000,
             interval=settings.signal_interval_ms / 1000,
@@ -144,10 +161,11 @@ async def open_rooms(
         relay = None
         if store.shared:
             relay = await stack.enter_async_context(Relay(store, hub, recent, bus, metrics))
-        commands = Commands(store, recent, hub, bus)
+        commands = Commands(store, recent, hub, bus, max_waiting=settings.max_waiting_messages)
         ledger = await stack.enter_async_context(Ledger(store, hub, recent, metrics, _ledger_limits(settings, store)))
+        driver = Driver(store, ledger, hub, agent, _run_limits(settings), files.read)
         runner = await stack.enter_async_context(
-            Runner(store, ledger, hub, bus, agent, metrics, _runner_limits(settings))
+            Runner(store, ledger, hub, bus, driver, metrics, _runner_limits(settings))
         )
 
         def forget(expired: ExpiredContext) -> None:
@@ -160,13 +178,15 @@ async def open_rooms(
             bus=bus,
             ledger=ledger,
             reader=Reader(store, recent, metrics, max_page_bytes=settings.max_page_bytes, relay=relay),
+            files=files,
             relay=relay,
             hub=hub,
             commands=commands,
             runner=runner,
+            slash=SlashCommands(store, commands, _facts(settings)),
             metrics=metrics,
             limits=_api_limits(settings, server_cuts_stalled=server_cuts_stalled),
-            agent_name=settings.agent,
+            agent_name=settings.writer,
             worker=worker,
         )
 
@@ -178,21 +198,80 @@ async def drain(rooms: Rooms, grace_seconds: float) -> None:
     rooms.hub.close()
 
 
+def _choice(settings: Settings) -> Choice:
+    return Choice(
+        model=settings.model,
+        models=settings.models,
+        model_url=settings.model_url,
+        model_retries=settings.model_retries,
+        mcp=settings.mcp,
+    )
+
+
 def _ledger_limits(settings: Settings, store: Store) -> LedgerLimits:
     return LedgerLimits(
         commit_interval=settings.commit_interval_ms / 1000,
         max_commit_interval=settings.max_commit_interval_ms / 1000,
         max_pending_bytes=settings.max_pending_bytes,
         max_reply_bytes=settings.max_reply_bytes,
+        approval_lifetime=settings.approval_hours * 3600,
         renewal=settings.lease_seconds / 3 if store.shared else None,
     )
+
+
+def _files_path(settings: Settings) -> Path:
+    """The folder that the settings name, or one beside the database's file, or in the working directory."""
+    if settings.files_directory:
+        return Path(settings.files_directory).expanduser().absolute()
+    database = file_of(settings.database_url)
+    return Path("context-server-files").absolute() if database is None else database.with_name(f"{database.name}-files")
+
+
+def _file_limits(settings: Settings) -> FileLimits:
+    return FileLimits(max_bytes=settings.max_file_bytes, types=settings.file_types)
 
 
 def _runner_limits(settings: Settings) -> RunnerLimits:
     return RunnerLimits(
         max_active_runs=settings.max_active_runs,
-        max_history_bytes=settings.max_history_bytes,
         cancel_grace=settings.cancel_grace_seconds,
+    )
+
+
+def _run_limits(settings: Settings) -> RunLimits:
+    return RunLimits(
+        max_history_bytes=settings.max_history_bytes,
+        max_seconds=settings.max_run_seconds,
+        max_silence=settings.max_silence_seconds,
+        max_steps=settings.max_run_steps,
+        max_tokens=settings.max_run_tokens,
+    )
+
+
+_PUBLIC_SETTINGS = (
+    "max_body_bytes",
+    "max_file_bytes",
+    "file_types",
+    "max_waiting_messages",
+    "max_run_seconds",
+    "max_silence_seconds",
+    "max_run_steps",
+    "max_run_tokens",
+    "approval_hours",
+    "heartbeat_seconds",
+    "compact_after_hours",
+    "retain_days",
+)
+"""Settings that clients may know: none that says where something is, or how to get in."""
+
+
+def _facts(settings: Settings) -> Facts:
+    return Facts(
+        version=__version__,
+        agent=settings.writer,
+        model=settings.model,
+        models=tuple(dict.fromkeys(filter(None, (settings.model, *settings.models)))),
+        settings=settings.model_dump(mode="json", include=set(_PUBLIC_SETTINGS)),
     )
 
 

@@ -2,10 +2,18 @@
 
     ContextServerError
     ├── NotFound
+    │   ├── ApprovalNotFound
+    │   ├── ChunkNotFound
     │   ├── ContextNotFound
-    │   └── MessageNotFound
+    │   ├── FileUnknown
+    │   ├── MessageNotFound
+    │   └── WaitingNotFound
     ├── Refused                       the request is understood and may not be done now
+    │   ├── ApprovalDecided           approval
+    │   ├── ArgumentsNotEditable
     │   ├── CommandNotAllowed         state, allowed
+    │   ├── MessageOpen
+    │   ├── QueueFull
     │   ├── VersionMismatch           version
     │   ├── SequenceAhead             sequence
     │   └── IdempotencyKeyReused
@@ -14,6 +22,7 @@
     │   ├── StorageFull
     │   ├── DatabaseBusy
     │   ├── DatabaseUnreachable
+    │   ├── FilesUnavailable
     │   └── ShuttingDown
     ├── OutcomeUnknown                it was done or not; the answer of the database was lost
     ├── StorageBroken                 the disk failed in a way that must not be guessed about
@@ -77,6 +86,46 @@ class MessageNotFound(NotFound):
         self.message_id = message_id
 
 
+class ChunkNotFound(NotFound):
+    """What names the chunk is no sequence number."""
+
+    code = "chunk-not-found"
+
+    def __init__(self, sequence: str) -> None:
+        super().__init__(f"There is no chunk {sequence!r}; the chunks of a message are numbered 1, 2, 3, ….")
+        self.sequence = sequence
+
+
+class FileUnknown(NotFound):
+    """There is no such file."""
+
+    code = "file-not-found"
+
+    def __init__(self, file_id: str) -> None:
+        super().__init__(f"There is no file {file_id!r}.")
+        self.file_id = file_id
+
+
+class ApprovalNotFound(NotFound):
+    """There is no such approval in this context."""
+
+    code = "approval-not-found"
+
+    def __init__(self, approval_id: str) -> None:
+        super().__init__(f"There is no approval {approval_id!r} in this context.")
+        self.approval_id = approval_id
+
+
+class WaitingNotFound(NotFound):
+    """The message does not wait for its turn."""
+
+    code = "not-waiting"
+
+    def __init__(self, message_id: str) -> None:
+        super().__init__(f"Message {message_id!r} does not wait in this context; its turn may have come.")
+        self.message_id = message_id
+
+
 class Refused(ContextServerError):
     """The request is understood and may not be done now."""
 
@@ -93,6 +142,46 @@ class CommandNotAllowed(Refused):
         self.command = command
         self.state = state
         self.allowed = tuple(allowed)
+
+
+class ApprovalDecided(Refused):
+    """The approval is decided on already, in another way; the decision that stands is ``approval``."""
+
+    code = "approval-decided"
+
+    def __init__(self, status: str, approval: object) -> None:
+        super().__init__(f"This call was decided on before: it is {status}.")
+        self.approval = approval
+
+
+class ArgumentsNotEditable(Refused):
+    """The tool has to be called with the arguments that were asked for, or not at all."""
+
+    code = "arguments-not-editable"
+
+    def __init__(self, tool: str) -> None:
+        super().__init__(f"The arguments of {tool!r} cannot be changed; approve the call as it is, or deny it.")
+        self.tool = tool
+
+
+class MessageOpen(Refused):
+    """The message is still being written, or waits for its turn."""
+
+    code = "message-open"
+
+    def __init__(self, message_id: str) -> None:
+        super().__init__(f"Message {message_id!r} has not ended; what it will hold is not known yet.")
+        self.message_id = message_id
+
+
+class QueueFull(Refused):
+    """As many messages wait in the context as may."""
+
+    code = "queue-full"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"{limit} messages wait in this context already, as many as may.")
+        self.limit = limit
 
 
 class VersionMismatch(Refused):
@@ -175,6 +264,15 @@ class DatabaseUnreachable(Unavailable):
         super().__init__("The database cannot be reached; nothing was written. What was acknowledged before is kept.")
         self.reason = reason
         """What the driver said, for the person who runs the server and not for clients."""
+
+
+class FilesUnavailable(Unavailable):
+    """The folder of the files cannot be used, or lacks a file that is listed."""
+
+    code = "files-unavailable"
+
+    def __init__(self) -> None:
+        super().__init__("The server's folder of files cannot be used for this now; nothing was done.")
 
 
 class ShuttingDown(Unavailable):

@@ -213,6 +213,11 @@ class Hub:
 
     def publish_transition(self, owner: str, transition: Transition) -> None:
         """Says that a context was moved here: that a message has ended, if one has, and then what state followed."""
+        self._publish_one(owner, transition)
+        if transition.promoted is not None:
+            self._publish_one(owner, transition.promoted)
+
+    def _publish_one(self, owner: str, transition: Transition) -> None:
         ended = transition.ended
         is_whole = ended is None or self.written(transition.context_id).get(ended.id) == ended.final_sequence
         signals = signals_of(transition)
@@ -292,20 +297,20 @@ class Hub:
 
 
 def signals_of(transition: Transition) -> list[Signal]:
-    """The signals of a transition: that a message has ended, if one has, and then the state that followed."""
+    """The signals of a transition: which messages have ended, if any, and then the state that followed."""
     at = now()
-    signals: list[Signal] = []
-    if transition.ended is not None:
-        signals.append(
-            MessageCompleted(
-                context_id=transition.context_id,
-                message_id=transition.ended.id,
-                final_sequence=transition.ended.final_sequence,
-                status=transition.ended.status,
-                version=transition.version,
-                timestamp=at,
-            )
+    signals: list[Signal] = [
+        MessageCompleted(
+            context_id=transition.context_id,
+            message_id=ended.id,
+            final_sequence=ended.final_sequence,
+            status=ended.status,
+            version=transition.version,
+            timestamp=at,
         )
+        for ended in (transition.ended, *transition.also_ended)
+        if ended is not None
+    ]
     signals.append(
         StateChanged(
             context_id=transition.context_id,
@@ -314,6 +319,7 @@ def signals_of(transition: Transition) -> list[Signal]:
             version=transition.version,
             run_id=transition.run_id,
             timestamp=at,
+            tool=transition.tool,
         )
     )
     return signals
@@ -349,6 +355,7 @@ def put_snapshot(mailbox: Mailbox, snapshot: Snapshot) -> None:
             version=snapshot.version,
             run_id=snapshot.run_id,
             timestamp=snapshot.at,
+            tool=snapshot.tool,
         )
     )
     if newest is not None and snapshot.newest_sequence:

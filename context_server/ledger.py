@@ -16,14 +16,15 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import structlog
 
+from context_server.approving import approvals_of, call_to_approve
 from context_server.errors import (
     PASSING,
     DatabaseBusy,
@@ -38,12 +39,17 @@ from context_server.metrics import Metrics
 from context_server.recent import RecentChunks
 from context_server.records import (
     Append,
+    ApprovalRequest,
+    Chunk,
+    ChunkKind,
     ContentDelta,
     Delta,
     Failure,
     Outcome,
     Run,
+    State,
     Transition,
+    Usage,
     now,
 )
 from context_server.reply import OpenReply, clean_delta
@@ -72,6 +78,7 @@ class LedgerLimits:
     max_commit_interval: float
     max_pending_bytes: int
     max_reply_bytes: int
+    approval_lifetime: float = 604_800.0
     renewal: float | None = None
     """Between two renewals of the leases; None where there are none."""
 
@@ -114,11 +121,11 @@ class Ledger:
 
     # Writers
 
-    def begin(self, run: Run, on_fenced: Callable[[], None], sequence: int = 0) -> OpenReply:
+    def begin(self, run: Run, on_fenced: Callable[[], None]) -> OpenReply:
         """Opens the reply of a run that was claimed; ``on_fenced`` is called when the run loses it."""
-        self._recent.open(run.owner, run.context_id, run.message_id, sequence)
-        self._hub.open_message(run.owner, run.context_id, run.message_id, sequence)
-        reply = OpenReply(run, sequence, on_fenced)
+        self._recent.open(run.owner, run.context_id, run.message_id, run.sequence)
+        self._hub.open_message(run.owner, run.context_id, run.message_id, run.sequence)
+        reply = OpenReply(run, on_fenced)
         self._held[run.id] = reply
         reply.ended.add_done_callback(lambda ended: self._closed(reply, ended))
         self._work.set()  # So that the task knows when it has to renew.
@@ -154,6 +161,18 @@ class Ledger:
         if reply.bursts():
             await asyncio.sleep(0)
 
+    def restore(self, reply: OpenReply, chunks: Iterable[Chunk], usage: Usage | None) -> None:
+        """Tells a reply whose run was suspended what it held then; to be called before anything is appended."""
+        reply.restore(chunks, usage)
+        if reply.phases:
+            self._mark(reply)
+
+    def note_usage(self, reply: OpenReply, usage: Usage) -> None:
+        """Takes in what a run has used so far; it becomes durable with the next commit."""
+        if not reply.fenced and reply.ending is None:
+            reply.note_usage(usage)
+            self._mark(reply)
+
     def _share(self) -> int:
         """What one reply may have on its way: with many at full speed less each, so that a commit stays short."""
         total = _FULL_SHARES * self._limits.max_pending_bytes
@@ -168,9 +187,38 @@ class Ledger:
         """
         if reply.fenced:
             raise Fenced(reply.run.id)
+        reply.close_calls("cancelled" if outcome is Outcome.STOPPED else "interrupted")
         reply.ending = (outcome, failure)
         self._mark(reply)
         await asyncio.shield(reply.ended)
+
+    async def suspend(self, reply: OpenReply, requests: Sequence[ApprovalRequest]) -> bool:
+        """Commits what is pending with the calls that need a person's approval, and gives the run up until then.
+
+        All in one transaction, durable when this returns: then nothing of the run is left in memory. False where the
+        run was told to stop before; it is still to be ended then.
+
+        Raises:
+            Fenced: the run does not own the reply any more.
+            ReplyTooLarge: with the calls the reply would exceed ``max_reply_bytes``; they are not taken.
+            StorageBroken: the disk failed.
+        """
+        if reply.fenced or reply.ending is not None:
+            raise Fenced(reply.run.id)
+        approvals = approvals_of(reply.run, requests, self._limits.approval_lifetime)
+        calls = [clean_delta(Delta(ChunkKind.TOOL_CALL, data=call_to_approve(approval))) for approval in approvals]
+        if reply.content_bytes + sum(size for _, size in calls) > self._limits.max_reply_bytes:
+            raise ReplyTooLarge(self._limits.max_reply_bytes)
+        for call, size in calls:
+            reply.add(call, size)
+        reply.approvals = tuple(approvals)
+        reply.suspended = asyncio.get_running_loop().create_future()
+        self._mark(reply)
+        waited: set[asyncio.Future[Any]] = {reply.suspended, reply.ended}
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+        if not reply.suspended.done():
+            reply.ended.result()  # Raises why.
+        return reply.suspended.done() and reply.suspended.result()
 
     def drop(self, reply: OpenReply) -> None:
         """Forgets a reply whose context is gone or whose run another process owns."""
@@ -361,9 +409,24 @@ class Ledger:
             self._signal(append, transition, at)
             if append.ending is not None and not reply.ended.done():
                 reply.ended.set_result(None)
+            if append.approvals:
+                self._suspended(reply, is_suspended=transition is not None and transition.state is not State.CANCELLING)
         self._metrics.chunks_committed.inc(chunks)
         self._metrics.bytes_committed.inc(size)
         self._metrics.commit_chunks.observe(chunks)
+
+    def _suspended(self, reply: OpenReply, *, is_suspended: bool) -> None:
+        """Lets go of a reply whose run was suspended: whoever claims it next may be another node."""
+        if reply.suspended is not None and not reply.suspended.done():
+            reply.suspended.set_result(is_suspended)
+        if not is_suspended:
+            return
+        reply.fenced = True
+        if not reply.ended.done():
+            reply.ended.set_result(None)
+        self._recent.forget(reply.run.message_id)
+        if self._store.shared:  # Else nobody else writes it, and heartbeats go on to carry its head.
+            self._hub.release_message(reply.run.context_id, reply.run.message_id)
 
     def _signal(self, append: Append, transition: Transition | None, at: datetime) -> None:
         run = append.run

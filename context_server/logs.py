@@ -43,6 +43,9 @@ def configure_logs(log_format: Literal["console", "json"], level: str, worker: i
     # At DEBUG these libraries write what passes through them; at INFO they report what we report.
     for name in ("sse_starlette", "uvicorn", "uvicorn.error", "sqlalchemy", "asyncio", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # What passes through these was said, or says where models are; their failures reach us as errors.
+    for name in ("anthropic", "fastmcp", "httpcore", "httpcore2", "httpx", "httpx2", "mcp", "openai", "pydantic_ai"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _naming(worker: int) -> structlog.typing.Processor:

@@ -300,7 +300,8 @@ def _news(told: _Told, movement: Movement) -> list[tuple[Signal, int | None]]:
     # Where it is not known it is said once too often rather than not at all.
     changed = movement.details is not None and movement.details != told.details
     at = now()
-    if changed or is_first:
+    # The same state at another version: the queue, the approvals or the head may have changed.
+    if changed or is_first or is_same:
         signals.append((_context_changed(movement, at), None))
     if is_first or not (changed and is_same):
         signals.append((_state_changed(movement, told.state, at), None))
@@ -323,4 +324,5 @@ def _state_changed(movement: Movement, previous: State | None, at: datetime) -> 
         version=movement.version,
         run_id=movement.run_id,
         timestamp=at,
+        tool=movement.tool,
     )

@@ -3,6 +3,7 @@
 Ids are UUIDv7 strings; times are aware UTC datetimes; sequences and versions are integers from 0 to ``MAX_INTEGER``.
 """
 
+import hashlib
 import json
 import secrets
 import time
@@ -92,6 +93,25 @@ class RunStatus(StrEnum):
     CANCELLED = "cancelled"
 
 
+class ApprovalStatus(StrEnum):
+    """What became of a request for approval; all but the first are final."""
+
+    PENDING = "pending"
+    APPROVED = "approved"
+    DENIED = "denied"
+    EXPIRED = "expired"
+    CANCELLED = "cancelled"
+
+
+class IfBusy(StrEnum):
+    """What becomes of a message that is posted while its context is busy."""
+
+    REJECT = "reject"
+    QUEUE = "queue"
+    INTERRUPT = "interrupt"
+    STEER = "steer"
+
+
 class ChunkKind(StrEnum):
     """What a chunk holds: ``text`` and ``reasoning`` carry text, the others ``data``."""
 
@@ -116,6 +136,8 @@ class ActiveRun:
     message_id: str
     status: RunStatus
     attempt: int
+    tool: str | None = None
+    """The name of the tool that runs, while the context is ``calling_tool``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +156,8 @@ class Context:
     metadata: Mapping[str, Any]
     created_at: datetime
     updated_at: datetime
+    model: str | None = None
+    """The model that writes its replies; None for the agent's own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,8 +169,47 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FileRef:
+    """A file that a message refers to; ``sha256`` is 64 hexadecimal digits."""
+
+    id: str
+    name: str
+    media_type: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkflowCall:
+    """A workflow that a message starts, with its input."""
+
+    name: str
+    input: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What a run took from its model and did with tools, so far; ``estimated`` where the provider gave no numbers."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    requests: int = 0
+    tool_calls: int = 0
+    estimated: bool = False
+
+    @property
+    def total_tokens(self) -> int:
+        """Input and output."""
+        return self.input_tokens + self.output_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
-    """What one author said. ``content`` and ``content_sequence`` are None unless they were asked for."""
+    """What one author said. ``content`` and ``content_sequence`` are None unless they were asked for.
+
+    ``mode`` is the context's when it was posted, or when its reply began; ``siblings`` are the ids of all messages with
+    its parent, itself among them, oldest first, where they were asked for.
+    """
 
     id: str
     context_id: str
@@ -163,6 +226,10 @@ class Message:
     digest: str | None
     created_at: datetime
     completed_at: datetime | None
+    mode: Mode | None = None
+    files: tuple[FileRef, ...] = ()
+    workflow: WorkflowCall | None = None
+    siblings: tuple[str, ...] = ()
     content: str | None = None
     content_sequence: int | None = None
 
@@ -187,8 +254,8 @@ class Chunk:
 class Delta:
     """A piece that an agent has just yielded, not yet durable.
 
-    ``tool_call`` data is ``{id, name, arguments}``, ``tool_result`` data ``{id, status, result, seconds}``,
-    ``step`` data ``{number, total?}``.
+    ``tool_call`` data is ``{id, name, arguments}``, ``tool_result`` data ``{id, status, result, seconds}`` with status
+    ``ok``, ``error``, ``denied``, ``cancelled``, ``expired`` or ``interrupted``, ``step`` data ``{number, total?}``.
     """
 
     kind: ChunkKind
@@ -196,9 +263,76 @@ class Delta:
     data: Mapping[str, Any] | None = None
 
 
+def unfinished_result(call_id: str, status: str) -> dict[str, Any]:
+    """The data of the ``tool_result`` chunk that closes a call nobody answers any more, so that no history dangles.
+
+    ``status`` is ``cancelled``, ``expired`` or ``interrupted``.
+    """
+    return {"id": call_id, "status": status, "result": None, "seconds": None}
+
+
+def arguments_digest(arguments: Mapping[str, Any]) -> str:
+    """The SHA-256 of a call's arguments as canonical JSON: keys sorted, no spaces, UTF-8."""
+    canonical = json.dumps(arguments, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApprovalRequest:
+    """A call that an agent may make only when a person says so: the tool call's id, the tool, its exact arguments.
+
+    ``editable`` says that the person may change the arguments. The agent yields no ``tool_call`` delta of its own for
+    it: the call is added to the log together with the request.
+    """
+
+    call_id: str
+    tool: str
+    arguments: Mapping[str, Any]
+    editable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Suspend:
+    """What an agent yields last when it cannot go on without decisions: the run is suspended, and nothing of it waits.
+
+    Once all are decided the agent is called again, on any node, with the decisions in ``AgentRun.approvals``.
+    """
+
+    requests: tuple[ApprovalRequest, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Approval:
+    """A request for approval and what became of it. ``arguments_sha256`` is of the arguments as canonical JSON."""
+
+    id: str
+    context_id: str
+    message_id: str
+    run_id: str
+    call_id: str
+    tool: str
+    arguments: Mapping[str, Any]
+    arguments_sha256: str
+    editable: bool
+    status: ApprovalStatus
+    edited_arguments: Mapping[str, Any] | None
+    note: str | None
+    created_at: datetime
+    expires_at: datetime
+    decided_at: datetime | None
+
+    @property
+    def final_arguments(self) -> Mapping[str, Any]:
+        """What the tool is to be called with."""
+        return self.arguments if self.edited_arguments is None else self.edited_arguments
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One execution of an agent for one reply; ``attempt`` fences stale owners."""
+    """One execution of an agent for one reply; ``attempt`` fences stale owners.
+
+    ``sequence`` and ``content_bytes`` are what the reply holds already: more than 0 where the run was suspended.
+    """
 
     id: str
     context_id: str
@@ -207,6 +341,9 @@ class Run:
     attempt: int
     mode: Mode = Mode.ACT
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    sequence: int = 0
+    content_bytes: int = 0
+    model: str | None = None
 
 
 class Outcome(StrEnum):
@@ -224,7 +361,15 @@ class Ending:
     outcome: Outcome
     digest: str
     failure: Failure | None = None
-    usage: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A chunk that may move the context's state: its kind, the tool calls open after it, and the tool that it calls."""
+
+    kind: ChunkKind
+    open_tools: int = 0
+    tool: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,16 +377,19 @@ class Append:
     """What one run adds to the log in one commit.
 
     ``expected_sequence`` is the head that the run believes in; the append must hit the row that has it, and the run's
-    attempt, or the run is fenced. ``phases`` are the kinds that may move the context's state, in order, each with the
-    number of tool calls open after it. ``content_bytes`` is the size of the message after this append.
+    attempt, or the run is fenced. ``phases`` are what may move the context's state, in order. ``content_bytes`` is the
+    size of the message after this append. ``usage`` is set where it has changed. With ``approvals``, the run is
+    suspended until they are decided on.
     """
 
     run: Run
     expected_sequence: int
     chunks: tuple[Chunk, ...]
     content_bytes: int
-    phases: tuple[tuple[ChunkKind, int], ...] = ()
+    phases: tuple[Phase, ...] = ()
     ending: Ending | None = None
+    usage: Usage | None = None
+    approvals: tuple[Approval, ...] = ()
 
     @property
     def sequence(self) -> int:
@@ -270,11 +418,21 @@ class Transition:
     state: State
     version: int
     ended: EndedMessage | None = None
+    also_ended: tuple[EndedMessage, ...] = ()
+    """The replies of messages that waited, and were cancelled with the run."""
+    tool: str | None = None
+    """The tool that is called, where the state is ``calling_tool``."""
+    promoted: "Transition | None" = None
+    """What the same transaction did next: the message that waited for longest has its turn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
-    """What posting a message made: the user's message, the empty reply, and the run that will write it."""
+    """What posting a message made: the user's message, the empty reply, and the run that will write it.
+
+    ``disposition`` is None where the reply is the context's next; else what became of the message of a busy context.
+    Of one that steers, the reply and the run are those that it was handed to.
+    """
 
     context_id: str
     message_id: str
@@ -282,6 +440,7 @@ class Receipt:
     run_id: str
     state: State
     version: int
+    disposition: IfBusy | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,6 +451,10 @@ class Turn:
     status: MessageStatus
     message_id: str
     chunks: tuple[Chunk, ...]
+    files: tuple[FileRef, ...] = ()
+    workflow: WorkflowCall | None = None
+    steers: bool = False
+    """Whether it was handed to the run of the reply before it, instead of having one of its own."""
 
     @property
     def text(self) -> str:
@@ -333,6 +496,7 @@ class StateChanged:
     version: int
     run_id: str | None
     timestamp: datetime
+    tool: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -390,3 +554,4 @@ class Snapshot:
     newest_sequence: int
     ended: tuple[MessageCompleted, ...]
     at: datetime
+    tool: str | None = None

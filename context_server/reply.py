@@ -2,20 +2,25 @@
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from context_server.approving import MAX_NAME
 from context_server.machine import advance, phase_event
 from context_server.records import (
     Append,
+    Approval,
     Chunk,
     ChunkKind,
     Delta,
     Ending,
     Failure,
     Outcome,
+    Phase,
     Run,
     State,
+    Usage,
+    unfinished_result,
 )
 from context_server.storable import clean_data, clean_text, split_text
 
@@ -28,12 +33,16 @@ class OpenReply:
 
     __slots__ = (
         "_burst",
+        "_open_calls",
+        "_usage_before",
+        "approvals",
         "content_bytes",
         "digest",
         "ended",
         "ending",
         "fenced",
         "in_flight_bytes",
+        "is_usage_new",
         "on_fenced",
         "open_tools",
         "pending",
@@ -43,25 +52,80 @@ class OpenReply:
         "room",
         "run",
         "sequence",
+        "suspended",
+        "usage",
     )
 
-    def __init__(self, run: Run, sequence: int, on_fenced: Callable[[], None]) -> None:
+    def __init__(self, run: Run, on_fenced: Callable[[], None]) -> None:
         self.run = run
-        self.sequence = sequence
+        self.sequence = run.sequence
         self.on_fenced = on_fenced
         self.pending: list[tuple[ChunkKind, list[str] | Mapping[str, Any]]] = []
         self.pending_bytes = 0
         self.in_flight_bytes = 0
-        self.content_bytes = 0
+        self.content_bytes = run.content_bytes
         self.digest = hashlib.sha256()
         self.phase = State.THINKING
-        self.phases: list[tuple[ChunkKind, int]] = []
+        self.phases: list[Phase] = []
         self.open_tools = 0
+        self._open_calls: dict[str, str] = {}
+        self.approvals: tuple[Approval, ...] = ()
+        self.suspended: asyncio.Future[bool] | None = None
+        self._usage_before = Usage()
+        self.usage = Usage()
+        self.is_usage_new = False
         self.room = asyncio.Event()
         self.ending: tuple[Outcome, Failure | None] | None = None
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.fenced = False
         self._burst = 0
+
+    def restore(self, chunks: Iterable[Chunk], usage: Usage | None) -> None:
+        """Takes in what the reply held before its run was suspended: for its digest, and for the calls still open."""
+        for chunk in chunks:
+            if chunk.kind is ChunkKind.TEXT and chunk.text is not None:
+                self.digest.update(chunk.text.encode())
+            elif chunk.data is not None:
+                self._count_tool(chunk.kind, chunk.data)
+        self._usage_before = self.usage = usage or Usage()
+        if self.open_tools > 0:  # What was approved runs now, or is said not to: until then the tool is being called.
+            self._note_phase(ChunkKind.TOOL_CALL, next(iter(self._open_calls.values()), None))
+
+    def _count_tool(self, kind: ChunkKind, data: Mapping[str, Any]) -> None:
+        call_id = str(data.get("id"))
+        if kind is ChunkKind.TOOL_CALL:
+            self.open_tools += 1
+            self._open_calls[call_id] = str(data.get("name"))
+        elif kind is ChunkKind.TOOL_RESULT:
+            self.open_tools -= 1
+            self._open_calls.pop(call_id, None)
+
+    def _note_phase(self, kind: ChunkKind, tool: str | None) -> None:
+        if event := phase_event(self.phase, kind, self.open_tools):
+            self.phase = advance(self.phase, event)
+            self.phases.append(Phase(kind, self.open_tools, tool))
+
+    def open_calls(self) -> list[str]:
+        """The ids of the tool calls that have no result yet, oldest first."""
+        return list(self._open_calls)
+
+    def close_calls(self, status: str) -> None:
+        """Adds a result to each open tool call that says that there is none: the reply is about to end."""
+        for call_id in self.open_calls():
+            delta, size = clean_delta(Delta(ChunkKind.TOOL_RESULT, data=unfinished_result(call_id, status)))
+            self.add(delta, size)
+
+    def note_usage(self, usage: Usage) -> None:
+        """What this attempt has used so far; what was used before a suspension is added."""
+        before = self._usage_before
+        self.usage = Usage(
+            input_tokens=before.input_tokens + usage.input_tokens,
+            output_tokens=before.output_tokens + usage.output_tokens,
+            requests=before.requests + usage.requests,
+            tool_calls=before.tool_calls + usage.tool_calls,
+            estimated=before.estimated or usage.estimated,
+        )
+        self.is_usage_new = True
 
     def add(self, delta: Delta, size: int) -> None:
         """Puts a clean delta behind what is pending, merging adjacent text of one kind."""
@@ -74,13 +138,12 @@ class OpenReply:
             if delta.kind is ChunkKind.TEXT:
                 self.digest.update(text.encode())
         else:
-            self.pending.append((delta.kind, delta.data or {}))
-            self.open_tools += {ChunkKind.TOOL_CALL: 1, ChunkKind.TOOL_RESULT: -1}.get(delta.kind, 0)
+            data = delta.data or {}
+            self.pending.append((delta.kind, data))
+            self._count_tool(delta.kind, data)
         self.pending_bytes += size
         self.content_bytes += size
-        if event := phase_event(self.phase, delta.kind, self.open_tools):
-            self.phase = advance(self.phase, event)
-            self.phases.append((delta.kind, self.open_tools))
+        self._note_phase(delta.kind, _tool_of(delta))
 
     def bursts(self) -> bool:
         """Whether the agent has yielded so much at a stretch that the event loop should go round."""
@@ -107,11 +170,21 @@ class OpenReply:
             content_bytes=self.content_bytes,
             phases=tuple(self.phases),
             ending=ending,
+            usage=self.usage if self.is_usage_new else None,
+            approvals=self.approvals,
         )
         self.sequence = append.sequence
         self.in_flight_bytes = self.pending_bytes
         self.pending, self.phases, self.pending_bytes = [], [], 0
+        self.is_usage_new, self.approvals = False, ()
         return append
+
+
+def _tool_of(delta: Delta) -> str | None:
+    """The name of the tool that a delta calls, short enough for a signal."""
+    if delta.kind is not ChunkKind.TOOL_CALL or delta.data is None:
+        return None
+    return str(delta.data.get("name", ""))[:MAX_NAME] or None
 
 
 def clean_delta(delta: Delta) -> tuple[Delta, int]:

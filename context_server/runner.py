@@ -5,9 +5,11 @@ agent that ignores its cancellation, or raises in it, cannot keep a context from
 """
 
 import asyncio
+import contextlib
+import itertools
 import random
+import re
 from collections.abc import Awaitable, Callable
-from contextlib import aclosing
 from dataclasses import dataclass
 from enum import StrEnum
 from types import TracebackType
@@ -15,11 +17,12 @@ from typing import Any, Self
 
 import structlog
 
-from context_server.agents import Agent, AgentRun
-from context_server.agents.driving import deltas_of
+from context_server.agents import AgentFailed
 from context_server.bus import Bus, CancelRequested, RunDeleted, RunQueued, WakeUp
+from context_server.driver import Driver
 from context_server.errors import (
     PASSING,
+    ContextNotFound,
     Fenced,
     OutcomeUnknown,
     ReplyTooLarge,
@@ -35,12 +38,15 @@ from context_server.records import (
     Outcome,
     Run,
     State,
+    Suspend,
     Transition,
-    Turn,
 )
 from context_server.reply import OpenReply
+from context_server.storable import clean_text
 from context_server.store import Store
+from context_server.store.approvals import EXPIRED
 from context_server.store.execution import INTERRUPTED
+from context_server.store.reading import Draft
 
 log = structlog.get_logger("context_server.runner")
 
@@ -51,8 +57,15 @@ _REAPED_AT_ONCE = 3
 """One connection of four, by default, is left for commands meanwhile."""
 _OTHERS_FIRST_SECONDS = 0.05
 _RETRY_SECONDS = (0.1, 0.25, 0.5, 1.0, 2.0)
+AGENT_FAILED = Failure(code="agent-error", detail="The agent failed while it was writing this reply.")
+_CODE = re.compile(r"[a-z][a-z0-9-]{0,63}")
+_MAX_DETAIL = 2000
 _CLAIM_LIMIT = 100
 """Runs claimed in one transaction, so that a long queue does not hold up the commits of those that run."""
+
+
+Attempt = tuple[str, int]
+"""A run's id and the number of its attempt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +73,6 @@ class RunnerLimits:
     """The runner's bounds; times in seconds."""
 
     max_active_runs: int
-    max_history_bytes: int
     cancel_grace: float
 
 
@@ -77,18 +89,19 @@ class Runner:
     """Runs agents, and carries out the commands that concern runs. Use it with ``async with``."""
 
     def __init__(
-        self, store: Store, ledger: Ledger, hub: Hub, bus: Bus, agent: Agent, metrics: Metrics, limits: RunnerLimits
+        self, store: Store, ledger: Ledger, hub: Hub, bus: Bus, driver: Driver, metrics: Metrics, limits: RunnerLimits
     ) -> None:
         self._store = store
         self._ledger = ledger
         self._hub = hub
         self._bus = bus
-        self._agent = agent
+        self._driver = driver
         self._metrics = metrics
         self._limits = limits
-        self._runs: dict[str, asyncio.Task[None]] = {}
-        self._stops: dict[str, asyncio.Future[Stop]] = {}
-        self._stubborn: set[asyncio.Task[None]] = set()
+        # By run and attempt: one that was suspended may be claimed again before its last attempt has quite let go.
+        self._runs: dict[Attempt, asyncio.Task[None]] = {}
+        self._stops: dict[Attempt, asyncio.Future[Stop]] = {}
+        self._stubborn: set[asyncio.Task[Suspend | None]] = set()
         self._wake = asyncio.Event()
         self._claiming = asyncio.Lock()
         # Why runs are to stop that may have been claimed, and are not known here yet.
@@ -96,7 +109,7 @@ class Runner:
         self._is_claim_unknown = False
         self.draining = False
         # Runs that had their time to end at shutdown and could not, as when the disk is full; they get no second one.
-        self._given_up: set[str] = set()
+        self._given_up: set[Attempt] = set()
         self._keeper: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Self:
@@ -140,11 +153,11 @@ class Runner:
                 self._stop(run_id, Stop.DELETED)
 
     def _stop(self, run_id: str, reason: Stop) -> None:
-        stop = self._stops.get(run_id)
-        if stop is None and self._claiming.locked():
+        stops = [stop for (known_id, _), stop in self._stops.items() if known_id == run_id]
+        if not stops and self._claiming.locked():
             self._told_early[run_id] = reason
-        elif stop is not None and not stop.done():
-            stop.set_result(reason)
+        for stop in stops:
+            _tell(stop, reason)
 
     # Recovery
 
@@ -152,8 +165,8 @@ class Runner:
         """Brings the runs that dead processes left running to their ends; queued ones will be claimed again."""
         await self._reap_all()
         if not self._store.shared:
-            for run in await self._store.queued_runs():
-                self._hub.open_message(run.owner, run.context_id, run.message_id)
+            for run in await self._store.unclaimed_runs():
+                self._hub.open_message(run.owner, run.context_id, run.message_id, run.sequence)
 
     async def _reap_all(self) -> None:
         while await self._reap():
@@ -182,7 +195,13 @@ class Runner:
         is_interrupted = transition.state is State.FAILED
         outcome, code = (Outcome.FAILED, INTERRUPTED.code) if is_interrupted else (Outcome.STOPPED, "")
         self._metrics.runs_ended.labels(outcome, code).inc()
-        self._hub.publish_transition(run.owner, transition)
+        self._tell(run.owner, transition)
+
+    def _tell(self, owner: str, transition: Transition) -> None:
+        """Says how a run that nobody was running has ended; what waited behind it can be claimed now."""
+        self._hub.publish_transition(owner, transition)
+        if transition.promoted is not None:
+            self._wake.set()
 
     # Claiming
 
@@ -204,7 +223,7 @@ class Runner:
         while True:
             await asyncio.sleep(_SWEEP_SECONDS)
             self._wake.set()
-            chores = [self._stop_told_runs]
+            chores = [self._stop_told_runs, self._expire_approvals]
             if self._store.shared:
                 chores += [self._free_locks, self._reap_all, self._check_epoch]
             for chore in chores:
@@ -221,15 +240,25 @@ class Runner:
 
     async def _stop_told_runs(self) -> None:
         """Stops the runs here that were told to stop, and those that are gone."""
-        ours = list(self._stops)
+        ours = dict(self._stops)  # As before the read: of an attempt that begins meanwhile it says nothing.
         if not ours:
             return
-        states = await self._store.running_states(ours)
-        for run_id in ours:
+        states = await self._store.running_states([run_id for run_id, _ in ours])
+        for (run_id, _), stop in ours.items():
             if run_id not in states:
-                self._stop(run_id, Stop.FENCED)
+                _tell(stop, Stop.FENCED)
             elif states[run_id] is State.CANCELLING:
-                self._stop(run_id, Stop.CANCELLED)
+                _tell(stop, Stop.CANCELLED)
+
+    async def _expire_approvals(self) -> None:
+        """Ends runs that have waited for a person's decision for too long."""
+        for owner, context_id in await self._store.suspension.overdue(_REAP_LIMIT):
+            with contextlib.suppress(ContextNotFound):
+                transition = await self._store.suspension.expire(owner, context_id)
+                if transition is not None:
+                    log.info("approval_expired", context_id=context_id, run_id=transition.run_id)
+                    self._metrics.runs_ended.labels(Outcome.STOPPED, EXPIRED.code).inc()
+                    self._tell(owner, transition)
 
     async def _check_epoch(self) -> None:
         """Ends the process when the database's history may be another one: what memory holds is of the old one."""
@@ -257,32 +286,43 @@ class Runner:
         """Starts the runs of a claim whose outcome was unknown, where it has happened."""
         known = set(self._runs)  # From before the read: one that ends meanwhile is not to be run again.
         for run, transition in await self._store.claimed_runs():
-            if run.id not in known:
+            if (run.id, run.attempt) not in known:
                 self._start(run, transition)
         self._is_claim_unknown = False
 
     def _start(self, run: Run, transition: Transition) -> None:
-        self._stops[run.id] = asyncio.get_running_loop().create_future()
-        reply = self._ledger.begin(run, on_fenced=lambda: self._stop(run.id, Stop.FENCED))
+        attempt = (run.id, run.attempt)
+        stop = self._stops[attempt] = asyncio.get_running_loop().create_future()
+        reply = self._ledger.begin(run, on_fenced=lambda: _tell(stop, Stop.FENCED))
         self._hub.publish_transition(run.owner, transition)
         task = asyncio.create_task(self._supervise(run, reply), name=f"run {run.id}")
-        self._runs[run.id] = task
+        self._runs[attempt] = task
         self._metrics.active_runs.set(len(self._runs))
-        task.add_done_callback(lambda _: self._finished(run.id))
+        task.add_done_callback(lambda _: self._finished(attempt))
         if run.id in self._told_early:
-            self._stop(run.id, self._told_early[run.id])
+            _tell(stop, self._told_early[run.id])
 
-    def _finished(self, run_id: str) -> None:
-        del self._runs[run_id], self._stops[run_id]
+    def _finished(self, attempt: Attempt) -> None:
+        del self._runs[attempt], self._stops[attempt]
         self._metrics.active_runs.set(len(self._runs))
         self._wake.set()
 
     # One run
 
     async def _supervise(self, run: Run, reply: OpenReply) -> None:
+        """Sees one run through, also where a defect of ours is in the way: no context stays busy for ever."""
+        try:
+            await self._see_through(run, reply)
+        except Exception as error:
+            log.error("run_supervision_failed", run_id=run.id, context_id=run.context_id, **without_words(error))  # noqa: TRY400
+            with contextlib.suppress(Fenced, StorageBroken):
+                await self._ledger.end(reply, Outcome.FAILED, AGENT_FAILED)
+
+    async def _see_through(self, run: Run, reply: OpenReply) -> None:
         """Drives one run to its end, whatever its agent does."""
-        stop = self._stops[run.id]
-        driver = asyncio.create_task(self._drive(run, reply), name=f"agent of run {run.id}")
+        stop = self._stops[run.id, run.attempt]
+        draft = await self._draft(run, reply)
+        driver = asyncio.create_task(self._driver.drive(run, reply, draft), name=f"agent of run {run.id}")
         driver.add_done_callback(_mark_as_seen)
         waited: set[asyncio.Future[Any]] = {driver, stop}
         await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
@@ -299,6 +339,13 @@ class Runner:
             return
         outcome, failure = self._verdict(run, driver, reason)
         try:
+            if outcome is Outcome.SUCCEEDED and (suspend := driver.result()) is not None:
+                try:
+                    if await self._ledger.suspend(reply, suspend.requests):
+                        return
+                    outcome = Outcome.STOPPED
+                except ReplyTooLarge as error:
+                    outcome, failure = Outcome.FAILED, Failure(code=error.code, detail=str(error))
             await self._ledger.end(reply, outcome, failure)
         except (Fenced, StorageBroken) as error:
             log.warning("run_not_ended", run_id=run.id, context_id=run.context_id, code=error.code)
@@ -306,13 +353,15 @@ class Runner:
         code = failure.code if failure and outcome is Outcome.FAILED else ""
         self._metrics.runs_ended.labels(outcome, code).inc()
 
-    def _leave_behind(self, driver: asyncio.Task[None], run: Run) -> None:
+    def _leave_behind(self, driver: asyncio.Task[Suspend | None], run: Run) -> None:
         """Goes on without an agent that does not stop; what it still yields is refused."""
         log.error("agent_ignores_cancellation", run_id=run.id, context_id=run.context_id)
         self._stubborn.add(driver)
         driver.add_done_callback(self._stubborn.discard)
 
-    def _verdict(self, run: Run, driver: asyncio.Task[None], reason: Stop | None) -> tuple[Outcome, Failure | None]:
+    def _verdict(
+        self, run: Run, driver: asyncio.Task[Suspend | None], reason: Stop | None
+    ) -> tuple[Outcome, Failure | None]:
         """How the run ended by what its driver did, and by why it was stopped if it was."""
         if reason is Stop.CANCELLED:
             return Outcome.STOPPED, INTERRUPTED
@@ -326,35 +375,31 @@ class Runner:
             return Outcome.FAILED, Failure(code=error.code, detail=str(error))
         if isinstance(error, Unavailable | StorageBroken):
             return Outcome.FAILED, INTERRUPTED
+        if isinstance(error, AgentFailed):
+            failure = _failure_of(error)
+            log.warning("run_failed", run_id=run.id, context_id=run.context_id, code=failure.code)
+            return Outcome.FAILED, failure
         # The type and the place, never the message: it may hold what was said.
         log.error(
             "agent_failed", run_id=run.id, context_id=run.context_id, error=type(error).__name__, at=_place_of(error)
         )
-        return Outcome.FAILED, Failure(code="agent-error", detail="The agent failed while it was writing this reply.")
+        return Outcome.FAILED, AGENT_FAILED
 
-    async def _drive(self, run: Run, reply: OpenReply) -> None:
-        """Hands the agent its history and the ledger its deltas."""
-        history = await self._history(run)
-        agent_run = AgentRun(
-            run_id=run.id,
-            context_id=run.context_id,
-            message_id=run.message_id,
-            attempt=run.attempt,
-            mode=run.mode,
-            metadata=run.metadata,
-        )
-        async with aclosing(deltas_of(self._agent, history, agent_run)) as deltas:
-            async for delta in deltas:
-                await self._ledger.append(reply, delta)
-
-    async def _history(self, run: Run) -> list[Turn]:
-        """What the agent answers; waits for a database that is away for a moment."""
-        for seconds in _RETRY_SECONDS:
+    async def _draft(self, run: Run, reply: OpenReply) -> Draft | None:
+        """What a run that was suspended goes on from; waits for as long as the database is away."""
+        if not run.sequence:
+            return None
+        for attempt in itertools.count():
             try:
-                return await self._store.history(run, max_bytes=self._limits.max_history_bytes)
-            except Unavailable:
-                await asyncio.sleep(seconds)
-        return await self._store.history(run, max_bytes=self._limits.max_history_bytes)
+                draft = await self._store.draft(run)
+                break
+            except PASSING as error:
+                if not attempt:
+                    log.warning("run_delayed", run_id=run.id, context_id=run.context_id, code=error.code)
+                await asyncio.sleep(_RETRY_SECONDS[min(attempt, len(_RETRY_SECONDS) - 1)])
+        if draft is not None:
+            self._ledger.restore(reply, draft.reply.chunks, draft.usage)
+        return draft
 
     # Shutdown
 
@@ -369,21 +414,33 @@ class Runner:
         if self._runs and grace_seconds > 0:
             log.info("waiting_for_runs", runs=len(self._runs), grace_seconds=grace_seconds)
             await asyncio.wait(self._runs.values(), timeout=grace_seconds)
-        ending = [task for run_id, task in self._runs.items() if run_id not in self._given_up]
+        ending = [task for attempt, task in self._runs.items() if attempt not in self._given_up]
         if ending:
             log.info("interrupting_runs", runs=len(ending))
-        for run_id in list(self._stops):
-            self._stop(run_id, Stop.SHUTDOWN)
+        for stop in list(self._stops.values()):
+            _tell(stop, Stop.SHUTDOWN)
         if ending:
             await asyncio.wait(ending, timeout=self._limits.cancel_grace + 0.5)
         self._given_up = set(self._runs)
         self._bus.publish(RunQueued())  # Whatever is queued, other nodes may claim.
 
 
-def _mark_as_seen(driver: asyncio.Task[None]) -> None:
+def _tell(stop: asyncio.Future[Stop], reason: Stop) -> None:
+    if not stop.done():
+        stop.set_result(reason)
+
+
+def _mark_as_seen(driver: asyncio.Task[Suspend | None]) -> None:
     """Keeps asyncio from logging what an agent raised after it was stopped: its text may hold what was said."""
     if not driver.cancelled():
         driver.exception()
+
+
+def _failure_of(error: AgentFailed) -> Failure:
+    """What an agent says of its failure, whatever it put there, as it can be stored."""
+    code, detail = str(error.code), str(error.detail)
+    is_a_code = _CODE.fullmatch(code) is not None
+    return Failure(code=code if is_a_code else "agent-error", detail=clean_text(detail)[:_MAX_DETAIL])
 
 
 def _place_of(error: BaseException) -> str:

@@ -4,6 +4,7 @@ Only ``app``, ``serving`` and ``__main__`` read settings; every other room is ha
 ``docs/settings.md`` has a heading for each field, and a test holds the two together.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -44,6 +45,13 @@ class Settings(BaseSettings):
         "", description="What carries wake-ups between nodes: a redis:// URL, or nothing for the database's own way."
     )
     agent: str = Field("demo", min_length=1, description="A built-in agent (demo, metronome) or module:name.")
+    model: str = Field("", description="The model that writes replies, as provider:name, such as openai-chat:gpt-oss.")
+    models: CommaSeparated = Field((), description="Further models that a context may be switched to by /model.")
+    model_url: str = Field("", description="Where an OpenAI-compatible server has the model; nothing: the provider's.")
+    model_retries: int = Field(
+        2, ge=0, le=10, description="How often a failed request to a model is sent again, before its first word."
+    )
+    mcp: CommaSeparated = Field((), description="MCP servers whose tools the agent gets: URLs, or commands to start.")
 
     # What it says to the person who runs it.
     log_format: Literal["console", "json"] = Field("console", description="How log lines are written.")
@@ -97,7 +105,39 @@ class Settings(BaseSettings):
     max_history_bytes: int = Field(4_194_304, ge=1024, description="Text of earlier messages handed to an agent.")
     max_active_runs: int = Field(1000, ge=1, description="Runs at once in this process; further ones stay queued.")
 
+    # Files.
+    files_directory: str = Field(
+        "", description="Folder for uploaded files; nothing: beside the SQLite file, or context-server-files."
+    )
+    max_file_bytes: int = Field(20_971_520, ge=1024, le=1_073_741_824, description="Largest uploaded file.")
+    file_types: CommaSeparated = Field(
+        (
+            "image/*",
+            "audio/*",
+            "video/*",
+            "text/*",
+            "application/json",
+            "application/pdf",
+            "application/xml",
+            "application/yaml",
+        ),
+        description="Media types of files that are taken, as patterns.",
+    )
+
+    max_waiting_messages: int = Field(
+        20, ge=1, le=1000, description="Messages that may wait for their turn in one busy context."
+    )
+
+    # Bounds of one run; 0 stands for none.
+    max_run_seconds: float = Field(0, ge=0, le=604_800, description="The longest run; anew after each approval.")
+    max_silence_seconds: float = Field(
+        300, ge=0, le=86_400, description="How long an agent may yield nothing, while no tool runs."
+    )
+    max_run_steps: int = Field(50, ge=0, description="Steps of one run: requests to its model.")
+    max_run_tokens: int = Field(0, ge=0, description="Tokens of one run, input and output.")
+
     # Time-outs.
+    approval_hours: float = Field(168, gt=0, le=87_600, description="How long a person may take to decide on a call.")
     cancel_grace_seconds: float = Field(5.0, gt=0, le=300, description="How long a cancelled agent may take to stop.")
     shutdown_grace_seconds: float = Field(
         6.0, ge=0, le=300, description="How long running replies may go on after SIGTERM; then they are interrupted."
@@ -115,7 +155,7 @@ class Settings(BaseSettings):
         0.05, gt=0, le=1, description="Part of one core, at most, that keeping house takes."
     )
 
-    @field_validator("allowed_hosts", "cors_origins", mode="before")
+    @field_validator("allowed_hosts", "cors_origins", "file_types", "mcp", "models", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         """``a,b`` → ``("a", "b")``: how a list is written in an environment variable."""
@@ -140,12 +180,26 @@ class Settings(BaseSettings):
                 raise ValueError(msg)
         return hosts
 
+    @field_validator("file_types")
+    @classmethod
+    def _patterns(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            if re.fullmatch(r"[a-z0-9.+*-]+/[a-z0-9.+*-]+", pattern) is None:
+                msg = f"{pattern!r} is no pattern of media types; write image/png or image/*, in lower case"
+                raise ValueError(msg)
+        return patterns
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.max_pending_bytes > self.max_reply_bytes:
             msg = "max_pending_bytes must not exceed max_reply_bytes"
             raise ValueError(msg)
         return self
+
+    @property
+    def writer(self) -> str:
+        """What writes the replies, for people: the agent's name, or that of the model in the place of the default."""
+        return self.model if self.model and self.agent == type(self).model_fields["agent"].default else self.agent
 
     @property
     def database_url(self) -> str:

@@ -37,7 +37,7 @@ def emptied_database(kind: str, folder: Path) -> Iterator[str]:
             yield url
         return
     url = _migrated()
-    run_beside(url, "TRUNCATE contexts, idempotency_keys, server_facts CASCADE")
+    run_beside(url, "TRUNCATE contexts, files, idempotency_keys, server_facts CASCADE")
     yield url
 
 

@@ -8,14 +8,16 @@ import asyncio
 import re
 
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from context_server.api import forms, schemas
 from context_server.api.requests import Rooms, owner_of, parse_query, rooms_of
-from context_server.errors import InvalidRequest, Violation
-from context_server.records import Page
+from context_server.errors import ChunkNotFound, InvalidRequest, SequenceAhead, Violation
+from context_server.records import MAX_INTEGER, Chunk, Page
 
 _COMMON_QUERY = re.compile(rb"from_sequence=([0-9]{1,15})")
+_SEQUENCE = re.compile(r"[1-9][0-9]{0,15}")
 _IMMUTABLE = b"private, max-age=31536000, immutable"
 _REVALIDATE = b"private, no-cache"
 
@@ -77,7 +79,8 @@ class PullContent:
                 await send({"type": "http.response.start", "status": 304, "headers": headers})
                 await send({"type": "http.response.body", "body": b""})
                 return
-        body = schemas.content_body(page, view, epoch)
+        path = scope["path"].removesuffix("/content") if view == "chunks" else ""
+        body = schemas.content_body(page, view, epoch, path)
         headers.append((b"content-type", b"application/json"))
         headers.append((b"content-length", b"%d" % len(body)))
         await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -87,3 +90,29 @@ class PullContent:
 def _is_waiting(page: Page) -> bool:
     """Whether the message is open and has nothing new yet."""
     return not page.chunks and page.final_sequence is None and not page.closed
+
+
+async def get_chunk(request: Request) -> Response:
+    """One chunk, whole however long it is; its bytes never change."""
+    rooms, path = rooms_of(request), request.path_params
+    chunk = await _chunk(rooms, owner_of(request), path["context_id"], path["message_id"], path["sequence"])
+    etag = f'"{path["message_id"]}:{chunk.sequence}:whole:{rooms.store.epoch}"'
+    headers = {"ETag": etag, "Cache-Control": _IMMUTABLE.decode()}
+    known = request.headers.get("if-none-match", "")
+    if known.strip() == "*" or etag in known:
+        return Response(status_code=304, headers=headers)
+    return Response(schemas.whole_chunk_body(chunk), headers=headers, media_type="application/json")
+
+
+async def _chunk(rooms: Rooms, owner: str, context_id: str, message_id: str, named: str) -> Chunk:
+    if not _SEQUENCE.fullmatch(named) or int(named) > MAX_INTEGER:
+        await rooms.reader.page(owner, context_id, message_id, 0, 0)  # What is missing is named: the message, or this.
+        raise ChunkNotFound(named)
+    sequence = int(named)
+    try:
+        page = await rooms.reader.page(owner, context_id, message_id, sequence - 1, sequence)
+    except SequenceAhead as refusal:
+        raise SequenceAhead(sequence, refusal.sequence) from None
+    if not page.chunks:
+        raise SequenceAhead(sequence, page.head)
+    return page.chunks[0]

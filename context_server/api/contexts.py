@@ -47,11 +47,33 @@ async def create_context(request: Request) -> Response:
     return response
 
 
+async def fork_context(request: Request) -> Response:
+    """Makes a new context that shares the history of another up to a message."""
+    body = await read_body(request)
+    new = parse_body(body, forms.NewFork)
+    replayed = False
+    try:
+        context = await rooms_of(request).store.fork_context(
+            owner_of(request),
+            request.path_params["context_id"],
+            new.message_id,
+            title=new.title,
+            once=once_of(request, body, encode_context),
+        )
+        answer = encode_context(context)
+    except Replayed as replay:
+        answer, replayed = replay.answer, True
+    response = context_response(answer, status=201, replayed=replayed)
+    contexts_path = request.url.path.rsplit("/", 2)[0]
+    response.headers["Location"] = f"{contexts_path}/{json.loads(answer)['id']}"
+    return response
+
+
 async def list_contexts(request: Request) -> Response:
     """The caller's contexts, most recently active first."""
     query = parse_query(request, forms.PageQuery)
     contexts, following = await rooms_of(request).store.contexts(
-        owner_of(request), before=_before(query.cursor), limit=query.limit
+        owner_of(request), before=before_of(query.cursor), limit=query.limit
     )
     page = schemas.ContextPage(
         items=[schemas.Context.of(context) for context in contexts],
@@ -60,7 +82,12 @@ async def list_contexts(request: Request) -> Response:
     return Response(schemas.dump(page), media_type=JSON, headers={"Cache-Control": "private, no-cache"})
 
 
-def _before(cursor: str | None) -> tuple[int, str] | None:
+def before_of(cursor: str | None) -> tuple[int, str] | None:
+    """The time and the id that a page of a list, newest first, begins after.
+
+    Raises:
+        InvalidRequest: the cursor is none of ours.
+    """
     if cursor is None:
         return None
     try:
@@ -100,9 +127,12 @@ async def get_context(request: Request) -> Response:
 
 
 async def change_context(request: Request) -> Response:
-    """Changes title, mode or metadata of a context; fields that are left out stay."""
+    """Changes title, mode, metadata or head of a context; fields that are left out stay."""
     change = parse_body(await read_body(request), forms.ContextChange)
     changes: dict[str, Any] = {name: getattr(change, name) for name in change.model_fields_set}
+    models = rooms_of(request).slash.facts.models
+    if change.model is not None and change.model not in models:
+        raise InvalidRequest(Violation("body.model", f"must be null or one of: {', '.join(models) or '(none)'}"))
     context = await rooms_of(request).commands.change_context(
         owner_of(request), request.path_params["context_id"], changes, if_match=if_match(request)
     )

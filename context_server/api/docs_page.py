@@ -123,10 +123,11 @@ def _parameters(parameters: Iterable[Json]) -> str:
 def _body(document: Json, body: Json | None) -> str:
     if body is None:
         return ""
-    ((media_type, content),) = body["content"].items()
     need = "" if body["required"] else " It may be left out."
-    return f"<h4>Body</h4><p><code>{escape(media_type)}</code>, {_type(content['schema'])}.{need}</p>" + _fields(
-        document, content["schema"], opened=True
+    return "<h4>Body</h4>" + "".join(
+        f"<p><code>{escape(media_type)}</code>, {_type(content['schema'])}.{need}</p>"
+        + _fields(document, content["schema"], opened=True)
+        for media_type, content in body["content"].items()
     )
 
 
@@ -179,8 +180,8 @@ def _signals(document: Json) -> str:
 
 _ABOUT_EVENTS = """\
 Events have no name, so that `EventSource.onmessage` gets them, and their kind is the `type` in their data; with \
-`named=true` they are named as their type. The `id` is what `Last-Event-ID` takes. `chunk` and `message_accepted` come \
-in the inline view of a message only, which is the one stream that carries text."""
+`named=true` they are named as their type. The `id` is what `Last-Event-ID` takes. Those from `run_started` to \
+`run_finished` come in the inline view of a message only, which is the one stream that carries text."""
 
 
 def _problems(document: Json) -> str:

@@ -1,14 +1,14 @@
 """What the data of server-sent events looks like, for the OpenAPI document.
 
-No model is used to send anything: ``signals.signal_json`` and its neighbours write events, and tests hold them
-against these.
+No model is used to send anything: ``signals.signal_json`` and the tables of ``dialects`` write events, and tests hold
+them against these.
 """
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field, RootModel
+from pydantic import BaseModel, Field, JsonValue, RootModel
 
-from context_server.api.schemas import DataChunk, Posted, TextChunk, Time
+from context_server.api.schemas import Posted, Time
 from context_server.records import MessageStatus, State
 
 
@@ -23,6 +23,7 @@ class StateChanged(BaseModel):
     epoch: str
     run_id: str | None
     timestamp: Time
+    tool: str | None = Field(None, description="The name of the tool that runs; left out in other states.")
 
 
 class ContentDelta(BaseModel):
@@ -43,7 +44,7 @@ class MessageCompleted(BaseModel):
     message_id: str
     final_sequence: int
     status: MessageStatus
-    version: int | None = Field(None, description="The context's version; left out in the inline view of a message.")
+    version: int
     timestamp: Time
 
 
@@ -89,22 +90,97 @@ class Goodbye(BaseModel):
     timestamp: Time
 
 
-class TextChunkEvent(TextChunk):
-    """A chunk with text, in the inline view of a message."""
+class RunStarted(BaseModel):
+    """The stream begins, after `sequence`; the reply is waiting, being written, or there already."""
 
-    type: Literal["chunk"]
+    type: Literal["run_started"]
+    context_id: str
+    message_id: str = Field(description="Id of the reply.")
+    sequence: int = Field(description="The chunks after it follow.")
+    timestamp: Time
+    posted: Posted | None = Field(None, description="What a POST that is answered by a stream would have answered.")
 
 
-class DataChunkEvent(DataChunk):
-    """A chunk with data, in the inline view of a message."""
+class TextDelta(BaseModel):
+    """A chunk of what is said."""
 
-    type: Literal["chunk"]
+    type: Literal["text_delta"]
+    sequence: int
+    text: str
 
 
-class MessageAccepted(Posted):
-    """The message was posted, and its reply follows on this stream."""
+class ReasoningDelta(BaseModel):
+    """A chunk of what the agent thinks."""
 
-    type: Literal["message_accepted"]
+    type: Literal["reasoning_delta"]
+    sequence: int
+    text: str
+
+
+class ToolCallStarted(BaseModel):
+    """A tool is called: `{id, name, arguments}`."""
+
+    type: Literal["tool_call_started"]
+    sequence: int
+    data: dict[str, JsonValue]
+
+
+class ToolCallFinished(BaseModel):
+    """What came of the call with this id: `{id, status, result, seconds}`."""
+
+    type: Literal["tool_call_finished"]
+    sequence: int
+    data: dict[str, JsonValue]
+
+
+class Step(BaseModel):
+    """A step of the agent begins or is done: `{number, total?, status?}`."""
+
+    type: Literal["step"]
+    sequence: int
+    data: dict[str, JsonValue]
+
+
+class ApprovalRequested(BaseModel):
+    """A call waits for a person: `{id, name, arguments, approval: {id, editable, expires_at}}`."""
+
+    type: Literal["approval_requested"]
+    sequence: int
+    data: dict[str, JsonValue]
+
+
+class ErrorReported(BaseModel):
+    """What the agent reports as failed, and may go on after."""
+
+    type: Literal["error"]
+    sequence: int
+    data: dict[str, JsonValue]
+
+
+class ReplyFailed(BaseModel):
+    """Why the reply failed; `run_finished` follows."""
+
+    type: Literal["error"]
+    code: str | None
+    detail: str | None
+
+
+class RunFinished(BaseModel):
+    """The reply has ended, and the stream with it; you are done when you hold `final_sequence`."""
+
+    type: Literal["run_finished"]
+    context_id: str
+    message_id: str = Field(description="Id of the reply.")
+    run_id: str | None
+    status: MessageStatus
+    final_sequence: int
+    usage: dict[str, JsonValue] | None
+    digest: str | None
+    timestamp: Time
+
+
+class DialectData(RootModel[dict[str, JsonValue]]):
+    """The payload of an event where a `dialect` was asked for; the event's name says which it is."""
 
 
 class Signal(
@@ -119,6 +195,19 @@ class Signal(
 
 
 class InlineSignal(
-    RootModel[TextChunkEvent | DataChunkEvent | MessageAccepted | MessageCompleted | Heartbeat | Goodbye]
+    RootModel[
+        RunStarted
+        | TextDelta
+        | ReasoningDelta
+        | ToolCallStarted
+        | ToolCallFinished
+        | Step
+        | ApprovalRequested
+        | ErrorReported
+        | ReplyFailed
+        | RunFinished
+        | Heartbeat
+        | Goodbye
+    ]
 ):
     """The data of one event of the inline view of a message. Pass over types that you do not know."""

@@ -1,16 +1,12 @@
-"""Messages: post, list, read, and the inline view of one."""
-
-import re
-from collections.abc import AsyncIterator
-from contextlib import ExitStack
-from typing import Any
+"""Messages: post, list, read."""
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from context_server import records
-from context_server.api import forms, schemas, signals
+from context_server.api import forms, schemas
 from context_server.api.contexts import JSON, bounded, foreign_cursor
+from context_server.api.inline import answer_post, encode_receipt, wire_of_post
 from context_server.api.requests import (
     Rooms,
     if_match,
@@ -21,53 +17,87 @@ from context_server.api.requests import (
     read_body,
     rooms_of,
 )
-from context_server.api.sse import EventStream, admit, goodbye
-from context_server.errors import ContextServerError, InvalidRequest, Violation
-from context_server.hub import Watch
-from context_server.records import MAX_INTEGER
-from context_server.store.conversations import Post
-from context_server.store.idempotency import Replayed
-
-_EVENT_ID = re.compile(r"(?P<sequence>[0-9]{1,16})(?P<end>:end)?")
-
-
-def _encode_receipt(receipt: records.Receipt) -> str:
-    return schemas.Posted.of(receipt).model_dump_json()
+from context_server.api.slash import answer_response
+from context_server.errors import InvalidRequest, Violation
+from context_server.store.exchanges import HEAD, Post
 
 
 async def post_message(request: Request) -> Response:
-    """Posts a user's message and starts a run; with ``Accept: text/event-stream``, the reply as an inline stream."""
+    """Posts a user's message and starts a run; with ``Accept: text/event-stream``, the reply as an inline stream.
+
+    A message that is a command, such as ``/help``, is carried out at once and stored nowhere.
+    """
     body = await read_body(request)
     new = parse_body(body, forms.NewMessage)
+    wire = wire_of_post(request)
     rooms, owner = rooms_of(request), owner_of(request)
-    headers = {}
-    with ExitStack() as holds:
-        inline = "text/event-stream" in request.headers.get("accept", "")
-        if inline:
-            admit(rooms, holds)  # First, so that a refusal means that nothing was posted.
-        try:
-            receipt = await rooms.commands.post_message(
-                owner,
-                request.path_params["context_id"],
-                Post(text=new.payload.content, display=new.payload.display, client_metadata=new.client_metadata),
-                if_match=if_match(request),
-                once=once_of(request, body, _encode_receipt),
-            )
-            answer = _encode_receipt(receipt)
-        except Replayed as replay:
-            answer = replay.answer
-            headers["Idempotency-Replayed"] = "true"
-        if not inline:
-            return Response(answer, 202, headers, JSON)
-        posted = schemas.Posted.model_validate_json(answer)
-        first = {"type": "message_accepted", **posted.model_dump(mode="json")}
-        response = _inline(rooms, owner, posted.context_id, posted.reply_message_id, 0, holds, first)
-        response.headers.update(headers)
-        return response
+    text = new.payload.content if isinstance(new.payload, forms.TextPayload) else ""
+    if (command := rooms.slash.find(text)) is not None:
+        return answer_response(await rooms.slash.execute(owner, request.path_params["context_id"], *command))
+
+    async def post() -> records.Receipt:
+        return await rooms.commands.post_message(
+            owner,
+            request.path_params["context_id"],
+            await _post_of(new, rooms, owner),
+            if_match=if_match(request),
+            once=once_of(request, body, encode_receipt),
+        )
+
+    return await answer_post(request, wire, post, question=getattr(new.payload, "content", ""))
+
+
+async def _post_of(new: forms.NewMessage, rooms: Rooms, owner: str) -> Post:
+    """What is to be stored of a message, with what its files are.
+
+    Raises:
+        FileUnknown: it refers to a file that is not there.
+        InvalidRequest: it is to steer, and to go on from elsewhere.
+    """
+    text, workflow = "", None
+    files: tuple[records.FileRef, ...] = ()
+    match new.payload:
+        case forms.TextPayload(content=text, files=file_ids):
+            text = rooms.slash.unescaped(text)
+            files = await rooms.store.files.refs(owner, file_ids)
+        case forms.FilePayload(content=text, file_id=file_id):
+            files = await rooms.store.files.refs(owner, [file_id])
+        case forms.WorkflowPayload(name=name, input=given):
+            workflow = records.WorkflowCall(name=name, input=given)
+    if new.if_busy is records.IfBusy.STEER and "parent_id" in new.model_fields_set:
+        raise InvalidRequest(Violation("body.parent_id", "cannot be given with if_busy 'steer'"))
+    return Post(
+        text=text,
+        display=new.payload.display,
+        client_metadata=new.client_metadata,
+        files=files,
+        workflow=workflow,
+        parent_id=new.parent_id if "parent_id" in new.model_fields_set else HEAD,
+        if_busy=new.if_busy,
+    )
+
+
+async def regenerate(request: Request) -> Response:
+    """Makes another reply beside one that is there, and answers as a posted message is; the text of both stays."""
+    body = await read_body(request)
+    parse_body(body or b"{}", forms.Nothing)
+    wire = wire_of_post(request)
+    rooms, path = rooms_of(request), request.path_params
+
+    async def begin() -> records.Receipt:
+        return await rooms.commands.regenerate(
+            owner_of(request),
+            path["context_id"],
+            path["message_id"],
+            if_match=if_match(request),
+            once=once_of(request, body, encode_receipt),
+        )
+
+    return await answer_post(request, wire, begin, question=None, is_regenerated=True)
 
 
 async def list_messages(request: Request) -> Response:
-    """Messages of a context, oldest first; with ``include=content``, each with its text so far."""
+    """The head's line, or with ``tree=true`` all messages; with ``include=content``, each with its text so far."""
     query = parse_query(request, forms.MessagesQuery)
     rooms = rooms_of(request)
     messages, following = await rooms.store.messages(
@@ -77,6 +107,7 @@ async def list_messages(request: Request) -> Response:
         limit=query.limit,
         include_content=query.include == "content",
         max_bytes=rooms.limits.max_page_bytes,
+        tree=query.tree == "true",
     )
     page = [schemas.Message.of(message, with_content=query.include == "content") for message in messages]
     cursor = None if following is None else schemas.encode_cursor(following)
@@ -101,73 +132,3 @@ async def get_message(request: Request) -> Response:
     message = await rooms_of(request).store.message(owner_of(request), path["context_id"], path["message_id"])
     answer = schemas.Message.of(message, with_content=True)
     return Response(schemas.dump_message(answer), media_type=JSON, headers={"Cache-Control": "private, no-cache"})
-
-
-async def message_events(request: Request) -> Response:
-    """The log of a message pushed inline, for ``curl -N`` and simple clients."""
-    query = parse_query(request, forms.EventsQuery)
-    rooms, owner, path = rooms_of(request), owner_of(request), request.path_params
-    start, ended = query.from_sequence, False
-    if last_event_id := request.headers.get("last-event-id"):
-        match = _EVENT_ID.fullmatch(last_event_id)
-        if match is None or int(match["sequence"]) > MAX_INTEGER:
-            raise InvalidRequest(Violation("header.Last-Event-ID", "must be the id of an event of this stream"))
-        start, ended = int(match["sequence"]), bool(match["end"])
-    # Refuses before the stream begins what could not be said in it.
-    await rooms.reader.page(owner, path["context_id"], path["message_id"], start)
-    if ended:
-        # An EventSource comes back after the end too; this status tells it not to.
-        return Response(status_code=204)
-    with ExitStack() as holds:
-        admit(rooms, holds)
-        return _inline(rooms, owner, path["context_id"], path["message_id"], start, holds)
-
-
-def _inline(
-    rooms: Rooms,
-    owner: str,
-    context_id: str,
-    message_id: str,
-    start: int,
-    holds: ExitStack,
-    first: dict[str, Any] | None = None,
-) -> Response:
-    watch = holds.enter_context(rooms.hub.watch(message_id))
-    return EventStream(
-        rooms,
-        _events(rooms, owner, context_id, message_id, start, first, watch),
-        holds.pop_all(),
-        on_shutdown=watch.close,
-    )
-
-
-async def _events(
-    rooms: Rooms,
-    owner: str,
-    context_id: str,
-    message_id: str,
-    sequence: int,
-    first: dict[str, Any] | None,
-    watch: Watch,
-) -> AsyncIterator[bytes]:
-    """The chunks after ``sequence`` as they become durable, then the ending."""
-    if first is not None:
-        yield signals.encode_event(first)
-    while True:
-        watch.clear()
-        try:
-            page = await rooms.reader.page(owner, context_id, message_id, sequence, is_watched=True)
-        except ContextServerError:
-            # The context was deleted, or the database is out of reach: the client comes back and is told why.
-            return
-        if page.chunks:
-            sequence = page.sequence
-            yield b"".join(map(signals.chunk_event, page.chunks))
-        elif page.final_sequence is not None:
-            yield signals.ending_event(page)
-            return
-        elif watch.closed or rooms.hub.closed:
-            yield goodbye()
-            return
-        elif not await watch.wait(rooms.limits.heartbeat):
-            yield signals.encode_event(signals.heartbeat_fields(rooms.hub.heads(owner, [context_id])))

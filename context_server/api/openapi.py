@@ -35,6 +35,13 @@ _SSE = "text/event-stream"
 _MAX_MOUNTS = 8
 """Bounds what is kept where the path of a mount has parameters, which clients choose."""
 _WRITES = frozenset({"POST", "PATCH", "DELETE"})
+_PATHS = {
+    # What the path of an endpoint holds that can be refused with a code.
+    "message-not-found": "{message_id}",
+    "chunk-not-found": "{sequence}",
+    "file-not-found": "{file_id}",
+    "files-unavailable": "/files",
+}
 _DEFECT = {"status": 500, "title": "Internal error", "description": "The server met an error that it does not name."}
 
 
@@ -96,7 +103,9 @@ def build_document(endpoints: "Sequence[Endpoint]", prefix: str = "") -> Json:
             "license": {"name": "Apache License 2.0", "identifier": "Apache-2.0"},
         },
         "servers": [{"url": prefix or "/"}],
-        "tags": [{"name": name, "description": about} for name, about in texts.TAGS.values() if name in used],
+        "tags": [
+            {"name": name, "description": about} for name, about in dict(texts.TAGS.values()).items() if name in used
+        ],
         "paths": paths,
         "components": {"schemas": components},
     }
@@ -131,6 +140,8 @@ def _operation(endpoint: "Endpoint") -> Json:
             "required": not endpoint.body_optional,
             "content": {"application/json": content},
         }
+    elif endpoint.takes_file:
+        operation["requestBody"] = texts.FILE_BODY
     operation["responses"] = dict(sorted({**_answers(endpoint), **_problems(endpoint)}.items()))
     return operation
 
@@ -150,7 +161,8 @@ def _query_parameters(endpoint: "Endpoint") -> Iterator[Json]:
         parameter: Json = {"name": name, "in": "query", "required": name in schema.get("required", ())}
         if "description" in field:
             parameter["description"] = field.pop("description")
-        yield {**parameter, "schema": field, **texts.QUERY.get(name, {})}
+        more = texts.QUERY.get(f"{operation_id(endpoint)}.{name}") or texts.QUERY.get(name, {})
+        yield {**parameter, "schema": field, **more}
 
 
 def _header_parameters(endpoint: "Endpoint") -> Iterator[Json]:
@@ -189,7 +201,7 @@ def _answer_description(key: tuple[str, int], what: type[BaseModel] | str | None
 
 
 def _answer_headers(endpoint: "Endpoint", status: int, what: type[BaseModel] | str | None) -> Iterator[str]:
-    if what in (schemas.Context, schemas.Content) or status == 304:
+    if what in (schemas.Context, schemas.Content, schemas.WholeChunk, "*/*") or status == 304:
         yield "ETag"
     if status == 201:
         yield "Location"
@@ -251,17 +263,17 @@ def _problems(endpoint: "Endpoint") -> dict[str, Json]:
 def _may_answer(endpoint: "Endpoint", code: str) -> bool:
     """Whether a code, of a status that the endpoint answers, is one of the endpoint's."""
     streams = _SSE in endpoint.answers.values()
+    if code in _PATHS:
+        return _PATHS[code] in endpoint.path
     match code:
-        case "message-not-found":
-            return "{message_id}" in endpoint.path
         case "context-not-found":
-            return "{message_id}" not in endpoint.path
+            return "{message_id}" not in endpoint.path and "{file_id}" not in endpoint.path
         case "not-found" | "method-not-allowed":
             return False
         case "command-not-allowed":
             return endpoint.body is not None
         case "sequence-ahead":
-            return "from_sequence" in endpoint.query.model_fields
+            return "from_sequence" in endpoint.query.model_fields or "{sequence}" in endpoint.path
         case "idempotency-key-reused":
             return "Idempotency-Key" in endpoint.headers
         case "too-many-streams" | "shutting-down":

@@ -25,7 +25,8 @@ class Generator(GenerateJsonSchema):
 
 def component_schemas(requests: set[type[BaseModel]], answers: set[type[BaseModel]]) -> dict[str, Json]:
     """The schemas of bodies and answers, of problem documents and of events, by name."""
-    components = _definitions(answers | {schemas.Problem, events.Signal, events.InlineSignal}, "serialization")
+    spoken: set[type[BaseModel]] = {events.Signal, events.InlineSignal, events.DialectData}
+    components = _definitions(answers | {schemas.Problem} | spoken, "serialization")
     for schema in components.values():
         _require_what_is_always_there(schema)
     components |= _definitions(requests, "validation")
@@ -42,7 +43,12 @@ def component_schemas(requests: set[type[BaseModel]], answers: set[type[BaseMode
     if "Content" in components:
         components["Content"]["oneOf"] = [{"required": ["content"]}, {"required": ["chunks"]}]
     components["SignalEvent"] = _event("Signal", "Version of the context, or `<context_id>:<version>`.")
-    components["InlineEvent"] = _event("InlineSignal", "Sequence of the chunk, or `<final_sequence>:end`.")
+    # Of no type, or else every event of ours would pass for one of a dialect.
+    components["DialectData"]["not"] = {"required": ["type"]}
+    inline = _event("InlineSignal", "Sequence of the chunk, or `<final_sequence>:end`.")
+    known = [{"$ref": REFERENCE.format(model=model)} for model in ("InlineSignal", "DialectData")]
+    inline["properties"]["data"]["contentSchema"] = {"anyOf": known}
+    components["InlineEvent"] = inline
     return dict(sorted(components.items()))
 
 

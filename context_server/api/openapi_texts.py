@@ -6,8 +6,10 @@ only paragraphs and `code` are used.
 
 from typing import Any
 
-from context_server.api.openapi_examples import CONTEXT_ID, REPLY_ID
+from context_server.api.dialects import DIALECTS
+from context_server.api.openapi_examples import CONTEXT_ID, FILE_ID, REPLY_ID
 from context_server.api.signals import SIGNAL_TYPES
+from context_server.records import MAX_INTEGER
 
 INFO = """\
 The text of a reply never travels in the event stream. It is appended to a durable log as chunks with contiguous \
@@ -24,9 +26,12 @@ signal types that they do not know. Every GET that is no stream answers HEAD too
 TAGS: dict[str, tuple[str, str]] = {
     # Module of the handler: name of the tag, what it is about.
     "contexts": ("Contexts", "A context is one conversation: messages, a state, a version."),
+    "chat": ("Messages", "A message is what one author said: the user, or the agent that replies."),
+    "inline": ("Messages", "A message is what one author said: the user, or the agent that replies."),
     "messages": ("Messages", "A message is what one author said: the user, or the agent that replies."),
     "content": ("The pull", "Reads the chunks after a sequence. The most frequent request of all."),
     "stream": ("Signals", "Server-sent events that say how far the log reaches; they never carry text."),
+    "files": ("Files", "A file is uploaded once, and messages refer to it by its id."),
     "runs": ("Runs", "A run is one execution of an agent for one reply."),
     "operations": ("Operations", "For the people who run the server."),
     "docs": ("Description", "This document, for programs and for people."),
@@ -47,7 +52,7 @@ NOTES: dict[str, str] = {
     "post_message": (
         "Stores the message and starts a run. The reply exists from this moment, empty and `pending`, as "
         "`reply_message_id`. With `Accept: text/event-stream` the same call answers with the reply as an inline "
-        "stream, which begins with `message_accepted`.\n\n"
+        "stream, whose `run_started` holds this answer as `posted`; so it does with a `dialect`.\n\n"
         "Allowed while the context's `allowed_commands` has `send`. With an `Idempotency-Key` a repeat of the same "
         "request is answered as the first one was, for 24 hours."
     ),
@@ -65,10 +70,33 @@ NOTES: dict[str, str] = {
         "for the next chunk or the end. With `to_sequence` the answer of a range that the log holds is closed: it "
         "never changes, may be cached for ever, and says nothing that can still change."
     ),
+    "get_chunk": (
+        "Where `view=chunks` or the inline view shows long data of a tool cut, `url` in that data leads here. The "
+        "bytes of a sequence never change, so the answer may be cached for ever."
+    ),
+    "upload_file": (
+        "The body is the file as it is, with its own `Content-Type` and its name in `name`; or `multipart/form-data` "
+        "with one part that has a filename. Allowed are the types and the size that the server is set to take. The "
+        "file is durable when the answer is sent, and nothing is left of an upload that breaks off."
+    ),
+    "list_files": "The newest file comes first. Go on with `cursor` until `next_cursor` is null.",
+    "get_file": (
+        "The answer has the file's own `Content-Type`, and is always an attachment. One range of bytes may be asked "
+        "for; what is no range, or several, is answered by the whole file."
+    ),
+    "delete_file": "Messages keep what they say of the file; no agent can read it any more.",
     "message_events": (
-        "The log of one message pushed as unnamed events, for `curl -N` and simple clients: a `chunk` for each chunk "
-        "with its sequence as `id`, and at the end `message_completed` with `<final_sequence>:end` as `id`. Then the "
-        "stream ends."
+        "The log of one message pushed as events, for `curl -N` and simple clients: `run_started`, then an event for "
+        "each chunk with its sequence as `id`, and at the end `run_finished` with `<final_sequence>:end` as `id`. Then "
+        "the stream ends. After a break, `Last-Event-ID` goes on exactly there.\n\n"
+        "With `dialect` the same log is told in the event names and payloads of other frontends, always as named "
+        "events. `types` leaves out all other events, but never the one that ends the stream."
+    ),
+    "chat": (
+        "For frontends that know no contexts: posts `content` and streams the reply in the dialect `nexus`, as named "
+        "events. Without `context_id` the conversation is the caller's own, and made when it is not there: one for "
+        "each key of `Authorization: Bearer KEY`, and one for all who send none. When the connection breaks, the reply "
+        "goes on."
     ),
     "cancel": (
         "With nothing to cancel, the answer is the context as it is: cancelling is idempotent. A running run ends a "
@@ -97,8 +125,13 @@ ANSWERS: dict[tuple[str, int], str] = {
     ("create_context", 201): "The new context.",
     ("post_message", 202): "The ids of the message and of its reply.",
     ("post_message", 200): "With `Accept: text/event-stream`: the reply as an inline stream.",
+    ("regenerate", 200): "With `Accept: text/event-stream`: the new reply as an inline stream.",
     ("message_events", 204): "`Last-Event-ID` names the end: there is nothing more. An `EventSource` stops on it.",
     ("delete_context", 204): "The context is gone.",
+    ("upload_file", 201): "The file as it was stored.",
+    ("get_file", 200): "The bytes of the file, in its own media type.",
+    ("get_file", 206): "With `Range`: the bytes of that range.",
+    ("delete_file", 204): "The file is gone.",
     ("cancel", 202): "The context; it may be `cancelling` for a moment.",
     ("metrics", 200): "Metrics in Prometheus's text format.",
     ("openapi_json", 200): "The OpenAPI document.",
@@ -106,6 +139,7 @@ ANSWERS: dict[tuple[str, int], str] = {
     ("stream_context", 200): "A stream of signals.",
     ("stream_contexts", 200): "A stream of signals.",
     ("message_events", 200): "An inline stream.",
+    ("chat", 200): "The reply as an inline stream of the dialect `nexus`.",
 }
 NOT_MODIFIED = "Nothing changed since the answer that `If-None-Match` names; no body."
 
@@ -136,7 +170,9 @@ FIELDS: dict[str, str] = {
     "from_sequence": "As asked for.",
     "head_message_id": "The newest message.",
     "message_id": "Id of the message.",
+    "media_type": "Such as `image/png`; lower case, without parameters.",
     "metadata": "Whatever the client wants to keep with the context; at most 16 KiB as JSON.",
+    "File.name": "As it was given, cleaned: no folders, no control characters, at most 255 bytes.",
     "next_cursor": "Send it as `cursor` for the next page; null on the last one.",
     "parent_id": "The message that this one answers or follows.",
     "NewMessage.payload": "What the user says.",
@@ -147,8 +183,19 @@ FIELDS: dict[str, str] = {
     "Message.sequence": "How far the log reaches, or the text in `content`.",
     "TextChunk.sequence": "Position in the message: 1, 2, 3, …",
     "DataChunk.sequence": "Position in the message: 1, 2, 3, …",
-    "TextChunkEvent.sequence": "Position in the message: 1, 2, 3, …",
-    "DataChunkEvent.sequence": "Position in the message: 1, 2, 3, …",
+    "ErrorReported.sequence": "Position in the message: 1, 2, 3, …",
+    "ApprovalRequested.sequence": "Position in the message: 1, 2, 3, …",
+    "Step.sequence": "Position in the message: 1, 2, 3, …",
+    "ToolCallFinished.sequence": "Position in the message: 1, 2, 3, …",
+    "ToolCallStarted.sequence": "Position in the message: 1, 2, 3, …",
+    "ReasoningDelta.sequence": "Position in the message: 1, 2, 3, …",
+    "TextDelta.sequence": "Position in the message: 1, 2, 3, …",
+    "client_timestamp_utc": "When the message was written, by the client's clock; kept with it.",
+    "client_timezone_offset": "Minutes from the client's time to UTC, as JavaScript gives them; kept with it.",
+    "NewChat.context_id": "The context to post to, in place of the caller's own.",
+    "NewChat.content": "What the user says.",
+    "sha256": "SHA-256 of the bytes, as 64 hexadecimal digits; in quotes it is the `ETag`.",
+    "size_bytes": "How many bytes it has.",
     "state": "Where the context is.",
     "timestamp": "When the server wrote the event.",
     "up_to_date": "Whether the answer reaches the end of the log as it is.",
@@ -179,6 +226,11 @@ HEADERS: dict[str, dict[str, Any]] = {
         "schema": {"type": "string"},
         "example": '"5"',
     },
+    "Range": {
+        "description": "One range of bytes, such as `bytes=0-1023`; with `If-Range`, only of that `ETag`.",
+        "schema": {"type": "string"},
+        "example": "bytes=0-1023",
+    },
     "Last-Event-ID": {
         "description": "The `id` of the last event that the client got; an `EventSource` sends it by itself.",
         "schema": {"type": "string"},
@@ -200,9 +252,16 @@ ANSWER_HEADERS: dict[str, dict[str, Any]] = {
 PATH_PARAMETERS: dict[str, dict[str, Any]] = {
     "context_id": {"description": "Id of the context.", "example": CONTEXT_ID},
     "message_id": {"description": "Id of the message.", "example": REPLY_ID},
+    "file_id": {"description": "Id of the file.", "example": FILE_ID},
+    "sequence": {
+        "description": "Sequence of the chunk.",
+        "schema": {"type": "integer", "minimum": 1, "maximum": MAX_INTEGER},
+        "example": 3,
+    },
 }
 
 QUERY: dict[str, dict[str, Any]] = {
+    # What a parameter means wherever it stands, or in one operation.
     "types": {
         "description": "Signal types to send, in at most 200 characters; `heartbeat` and `goodbye` always come.",
         "schema": {
@@ -213,11 +272,46 @@ QUERY: dict[str, dict[str, Any]] = {
         "explode": False,
         "example": ["content_delta", "message_completed"],
     },
+    **{
+        f"{operation}.types": {
+            "description": "Types to send, of the dialect, in at most 200 characters; the last event always comes.",
+            "schema": {
+                "type": "array",
+                "items": {
+                    "type": "string",
+                    "enum": [*dict.fromkeys(name for dialect in DIALECTS.values() for name in dialect.types)],
+                },
+            },
+            "style": "form",
+            "explode": False,
+            "example": ["text_delta", "step"],
+        }
+        for operation in ("post_message", "regenerate", "message_events")
+    },
+    "dialect": {"schema": {"type": "string", "enum": [*DIALECTS]}, "example": "agent"},
     "last_event_id": {"schema": {"type": "string", "maxLength": 64, "pattern": VERSION_ID}},
     "context": {"style": "form", "explode": True, "example": [CONTEXT_ID]},
     "limit": {"description": "How many items a page has at most.", "example": 20},
     "from_sequence": {"example": 10},
+    "name": {"example": "notes.txt"},
     "wait": {"example": 20},
+}
+
+FILE_BODY: dict[str, Any] = {
+    "description": "The file, of any media type that the server is set to take; `text/plain` stands for all of them.",
+    "required": True,
+    "content": {
+        "text/plain": {"schema": {"type": "string"}, "example": "Notes.\n"},
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "properties": {"file": {"type": "string", "format": "binary", "description": "The file."}},
+                "required": ["file"],
+                "additionalProperties": False,
+            },
+            "encoding": {"file": {"contentType": "text/plain"}},
+        },
+    },
 }
 
 LINKS: dict[tuple[str, int], dict[str, dict[str, str]]] = {
@@ -225,6 +319,7 @@ LINKS: dict[tuple[str, int], dict[str, dict[str, str]]] = {
         operation: {"context_id": "$response.body#/id"}
         for operation in ("get_context", "change_context", "post_message", "list_messages", "cancel", "delete_context")
     },
+    ("upload_file", 201): {operation: {"file_id": "$response.body#/id"} for operation in ("get_file", "delete_file")},
     ("post_message", 202): {
         operation: {"context_id": "$response.body#/context_id", "message_id": "$response.body#/reply_message_id"}
         for operation in ("pull_content", "get_message")

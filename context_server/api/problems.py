@@ -8,7 +8,8 @@ from typing import Any
 import structlog
 from starlette.responses import Response
 
-from context_server import errors
+from context_server import errors, records
+from context_server.api import schemas
 from context_server.errors import ContextServerError, without_words
 from context_server.metrics import Metrics
 
@@ -44,7 +45,7 @@ class InvalidJson(ContextServerError):
 
 
 class UnsupportedMediaType(ContextServerError):
-    """The body is not declared as JSON."""
+    """The body is not declared as JSON; or a file is of a type that is not taken."""
 
     code = "unsupported-media-type"
 
@@ -53,6 +54,16 @@ class ContentTooLarge(ContextServerError):
     """The body is larger than the server takes."""
 
     code = "content-too-large"
+
+
+class RangeNotSatisfiable(ContextServerError):
+    """The range that was asked for begins behind the end of the file."""
+
+    code = "range-not-satisfiable"
+
+    def __init__(self, size_bytes: int) -> None:
+        super().__init__(f"The range begins behind the end of the file, which has {size_bytes} bytes.")
+        self.size_bytes = size_bytes
 
 
 class BodyTooSlow(ContextServerError):
@@ -90,19 +101,29 @@ STATUSES: dict[type[ContextServerError], tuple[int, str]] = {
     errors.InvalidRequest: (422, "Invalid request"),
     OriginNotAllowed: (403, "Origin not allowed"),
     PathNotFound: (404, "Not found"),
+    errors.ChunkNotFound: (404, "Chunk not found"),
     errors.ContextNotFound: (404, "Context not found"),
+    errors.FileUnknown: (404, "File not found"),
     errors.MessageNotFound: (404, "Message not found"),
     MethodNotAllowed: (405, "Method not allowed"),
     BodyTooSlow: (408, "Request timeout"),
+    errors.ApprovalNotFound: (404, "Approval not found"),
+    errors.WaitingNotFound: (404, "Not waiting"),
+    errors.ApprovalDecided: (409, "Approval decided"),
+    errors.ArgumentsNotEditable: (409, "Arguments not editable"),
+    errors.MessageOpen: (409, "Message open"),
+    errors.QueueFull: (409, "Queue full"),
     errors.CommandNotAllowed: (409, "Command not allowed"),
     errors.SequenceAhead: (409, "Sequence ahead of the log"),
     errors.VersionMismatch: (412, "Version mismatch"),
     ContentTooLarge: (413, "Content too large"),
     UnsupportedMediaType: (415, "Unsupported media type"),
+    RangeNotSatisfiable: (416, "Range not satisfiable"),
     HostNotAllowed: (421, "Host not allowed"),
     errors.IdempotencyKeyReused: (422, "Idempotency key reused"),
     errors.DatabaseBusy: (503, "Database busy"),
     errors.DatabaseUnreachable: (503, "Database unreachable"),
+    errors.FilesUnavailable: (503, "Files unavailable"),
     errors.OutcomeUnknown: (503, "Outcome unknown"),
     errors.ShuttingDown: (503, "Shutting down"),
     TooManyStreams: (503, "Too many streams"),
@@ -120,6 +141,8 @@ def extras_of(error: ContextServerError) -> dict[str, Any]:
             return {"errors": [asdict(violation) for violation in error.violations]}
         case errors.CommandNotAllowed():
             return {"state": error.state, "allowed_commands": list(error.allowed)}
+        case errors.ApprovalDecided(approval=records.Approval() as approval):
+            return {"approval": schemas.Approval.of(approval).model_dump(mode="json")}
         case errors.SequenceAhead():
             return {"sequence": error.sequence}
         case errors.VersionMismatch():
@@ -144,6 +167,8 @@ def problem_response(error: ContextServerError) -> Response:
     headers = {"Cache-Control": "no-store"}
     if isinstance(error, MethodNotAllowed):
         headers["Allow"] = error.allow
+    if isinstance(error, RangeNotSatisfiable):
+        headers["Content-Range"] = f"bytes */{error.size_bytes}"
     if isinstance(error, BodyTooSlow):
         headers["Connection"] = "close"  # The rest of the body is not waited for.
     if status in (503, 507):

@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -14,6 +14,7 @@ from context_server.api.problems import BodyTooSlow, ContentTooLarge, InvalidJso
 from context_server.bus import Bus
 from context_server.commands import Commands
 from context_server.errors import InvalidRequest, Violation
+from context_server.files import Files
 from context_server.hub import Hub
 from context_server.ledger import Ledger
 from context_server.metrics import Metrics
@@ -21,6 +22,7 @@ from context_server.reader import Reader
 from context_server.records import MAX_INTEGER
 from context_server.relay import Relay
 from context_server.runner import Runner
+from context_server.slash import SlashCommands
 from context_server.store import Store
 from context_server.store.idempotency import Once
 
@@ -31,6 +33,9 @@ LOCAL_OWNER = "local"
 
 BODY_SECONDS = 30.0
 """Time for a body to arrive: a peer that announces one and sends nothing would hold a connection for ever."""
+
+UPLOAD_SECONDS = 3600.0
+"""Time for all pieces of a body that may be long, each of which has ``BODY_SECONDS``."""
 
 _VERSION_TAG = re.compile(r'"([0-9]{1,16})"')
 _IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
@@ -72,11 +77,13 @@ class Rooms:
     bus: Bus
     ledger: Ledger
     reader: Reader
+    files: Files
     relay: Relay | None
     """None where no other node writes."""
     hub: Hub
     commands: Commands
     runner: Runner
+    slash: SlashCommands
     metrics: Metrics
     limits: ApiLimits
     agent_name: str
@@ -96,11 +103,25 @@ def owner_of(_request: Request) -> str:
     return LOCAL_OWNER
 
 
+_PAYLOADS = ("text", "file", "workflow")
+
+
+def _place(location: tuple[int | str, ...], problem: str) -> list[str]:
+    """Where a field stands in what was sent; pydantic also names the kind of payload that it took it for."""
+    if location[:1] == ("payload",) and location[1:2] and location[1] in _PAYLOADS:
+        location = ("payload", *location[2:])
+    if problem.startswith("union_tag_"):
+        location = (*location, "type")
+    return [str(part) for part in location]
+
+
 def _violations(error: ValidationError, where: str) -> InvalidRequest:
     """What a model found wrong, without repeating what was sent."""
     return InvalidRequest(
         *(
-            Violation(".".join([where, *map(str, found["loc"])]), found["msg"].removeprefix("Value error, "))
+            Violation(
+                ".".join([where, *_place(found["loc"], found["type"])]), found["msg"].removeprefix("Value error, ")
+            )
             for found in error.errors(include_input=False, include_url=False, include_context=False)
         )
     )
@@ -133,6 +154,37 @@ async def read_body(request: Request) -> bytes:
         raise BodyTooSlow(f"The body did not arrive within {BODY_SECONDS:g} seconds.") from None
     _require_json(request, has_body=size > 0)
     return b"".join(parts)
+
+
+async def stream_body(request: Request, limit_bytes: int) -> AsyncIterator[bytes]:
+    """The body in pieces, as it arrives; to be iterated to its end.
+
+    Raises:
+        ContentTooLarge: it exceeds the limit; no more of it is read.
+        BodyTooSlow: it does not arrive.
+    """
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > limit_bytes:
+        raise ContentTooLarge(f"The body has {declared} bytes; at most {limit_bytes} are allowed.")
+    clock = asyncio.get_running_loop().time
+    end = clock() + UPLOAD_SECONDS
+    pieces = request.stream()
+    size = 0
+    while True:
+        try:
+            async with asyncio.timeout(min(BODY_SECONDS, max(0.0, end - clock()))):
+                piece = await anext(pieces, None)
+        except ClientDisconnect:
+            raise BodyTooSlow("The client left before the body was complete.") from None
+        except TimeoutError:
+            raise BodyTooSlow("The body arrives too slowly.") from None
+        if piece is None:
+            return
+        size += len(piece)
+        if size > limit_bytes:
+            raise ContentTooLarge(f"The body has more than the {limit_bytes} bytes that are allowed.")
+        if piece:
+            yield piece
 
 
 def _require_json(request: Request, *, has_body: bool) -> None:

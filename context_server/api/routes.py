@@ -9,15 +9,36 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
-from context_server.api import contexts, docs, forms, messages, operations, runs, schemas, stream
-from context_server.api.content import PullContent
+from context_server.api import (
+    chat,
+    contexts,
+    docs,
+    files,
+    forms,
+    inline,
+    messages,
+    operations,
+    runs,
+    schemas,
+    slash,
+    stream,
+)
+from context_server.api.content import PullContent, get_chunk
 from context_server.api.problems import MethodNotAllowed, PathNotFound, answer
 from context_server.api.requests import parse_query
-from context_server.errors import ContextNotFound, MessageNotFound
+from context_server.errors import (
+    ApprovalNotFound,
+    ChunkNotFound,
+    ContextNotFound,
+    FileUnknown,
+    MessageNotFound,
+    NotFound,
+)
 
 Handler = Callable[[Request], Awaitable[Response]]
 
 SSE = "text/event-stream"
+BYTES = "*/*"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +53,7 @@ class Endpoint:
     query: type[BaseModel] = forms.NoQuery
     body: type[BaseModel] | None = None
     body_optional: bool = False
+    takes_file: bool = False
     headers: tuple[str, ...] = ()
     problems: tuple[int, ...] = field(default=())
 
@@ -42,6 +64,7 @@ class Endpoint:
 
 
 KEY, IF_MATCH, IF_NONE_MATCH, LAST_ID = "Idempotency-Key", "If-Match", "If-None-Match", "Last-Event-ID"
+RANGE = "Range"
 CONTEXT, MESSAGE = "/contexts/{context_id}", "/contexts/{context_id}/messages/{message_id}"
 
 # The pull stands first: routes are tried in order, and it is asked for most.
@@ -49,23 +72,44 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint(method="GET", path=f"{MESSAGE}/content", handler=PullContent(), summary="Pull the text after a sequence",
              answers={200: schemas.Content, 304: None}, query=forms.ContentQuery, headers=(IF_NONE_MATCH,),
              problems=(404, 409, 422, 503)),
+    Endpoint(method="GET", path=f"{MESSAGE}/chunks/{{sequence}}", handler=get_chunk, summary="Read one chunk, whole",
+             answers={200: schemas.WholeChunk, 304: None}, headers=(IF_NONE_MATCH,), problems=(404, 409, 422, 503)),
     Endpoint(method="GET", path=f"{CONTEXT}/stream", handler=stream.stream_context, summary="Signals of one context",
              answers={200: SSE}, query=forms.StreamQuery, headers=(LAST_ID,), problems=(404, 422, 503)),
     Endpoint(method="GET", path="/stream", handler=stream.stream_contexts, summary="Signals of many contexts",
              answers={200: SSE}, query=forms.StreamsQuery, headers=(LAST_ID,), problems=(404, 422, 503)),
     Endpoint(method="POST", path=f"{CONTEXT}/messages", handler=messages.post_message, summary="Post a message",
-             answers={202: schemas.Posted, 200: SSE}, body=forms.NewMessage, headers=(KEY, IF_MATCH),
-             problems=(400, 404, 408, 409, 412, 413, 415, 422, 503, 507)),
+             answers={202: schemas.Posted, 200: SSE}, query=forms.InlineQuery, body=forms.NewMessage,
+             headers=(KEY, IF_MATCH), problems=(400, 404, 408, 409, 412, 413, 415, 422, 503, 507)),
     Endpoint(method="GET", path=f"{CONTEXT}/messages", handler=messages.list_messages, summary="List messages",
              answers={200: schemas.MessagePage}, query=forms.MessagesQuery, problems=(404, 422, 503)),
     Endpoint(method="GET", path=MESSAGE, handler=messages.get_message, summary="Read one message, whole",
              answers={200: schemas.Message}, problems=(404, 422, 503)),
-    Endpoint(method="GET", path=f"{MESSAGE}/events", handler=messages.message_events, summary="Follow a message inline",
+    Endpoint(method="GET", path=f"{MESSAGE}/events", handler=inline.message_events, summary="Follow a message inline",
              answers={200: SSE, 204: None}, query=forms.EventsQuery, headers=(LAST_ID,),
              problems=(404, 409, 422, 503)),
+    Endpoint(method="POST", path="/chat", handler=chat.chat, summary="Post and stream in one call",
+             answers={200: SSE}, body=forms.NewChat, headers=(KEY,),
+             problems=(400, 404, 408, 409, 413, 415, 422, 503, 507)),
     Endpoint(method="POST", path=f"{CONTEXT}/cancel", handler=runs.cancel, summary="Cancel what runs or waits",
              answers={202: schemas.Context}, body=forms.Nothing, body_optional=True, headers=(KEY, IF_MATCH),
              problems=(400, 404, 408, 412, 413, 415, 422, 503, 507)),
+    Endpoint(method="GET", path=f"{CONTEXT}/approvals", handler=runs.list_approvals, summary="List approvals",
+             answers={200: schemas.Approvals}, query=forms.ApprovalsQuery, problems=(404, 422, 503)),
+    Endpoint(method="POST", path=f"{CONTEXT}/approvals/{{approval_id}}", handler=runs.decide,
+             summary="Approve or deny a call", answers={200: schemas.Approval}, body=forms.NewDecision,
+             headers=(IF_MATCH,), problems=(400, 404, 408, 409, 412, 413, 415, 422, 503, 507)),
+    Endpoint(method="GET", path=f"{CONTEXT}/queue", handler=runs.list_queue, summary="List what waits",
+             answers={200: schemas.Queue}, problems=(404, 422, 503)),
+    Endpoint(method="DELETE", path=f"{CONTEXT}/queue/{{message_id}}", handler=runs.remove_from_queue,
+             summary="Take back what waits", answers={204: None}, headers=(IF_MATCH,),
+             problems=(404, 412, 422, 503, 507)),
+    Endpoint(method="POST", path=f"{MESSAGE}/regenerate", handler=messages.regenerate, summary="Regenerate a reply",
+             answers={202: schemas.Posted, 200: SSE}, query=forms.InlineQuery, body=forms.Nothing, body_optional=True,
+             headers=(KEY, IF_MATCH), problems=(400, 404, 408, 409, 412, 413, 415, 422, 503, 507)),
+    Endpoint(method="POST", path=f"{CONTEXT}/fork", handler=contexts.fork_context, summary="Fork a context",
+             answers={201: schemas.Context}, body=forms.NewFork, headers=(KEY,),
+             problems=(400, 404, 408, 409, 413, 415, 422, 503, 507)),
     Endpoint(method="POST", path="/contexts", handler=contexts.create_context, summary="Create a context",
              answers={201: schemas.Context}, body=forms.NewContext, body_optional=True, headers=(KEY,),
              problems=(400, 408, 413, 415, 422, 503, 507)),
@@ -78,6 +122,20 @@ ENDPOINTS: tuple[Endpoint, ...] = (
              problems=(400, 404, 408, 412, 413, 415, 422, 503, 507)),
     Endpoint(method="DELETE", path=CONTEXT, handler=contexts.delete_context, summary="Delete a context",
              answers={204: None}, headers=(IF_MATCH,), problems=(404, 412, 422, 503, 507)),
+    Endpoint(method="POST", path="/files", handler=files.upload_file, summary="Upload a file",
+             answers={201: schemas.File}, query=forms.FileQuery, takes_file=True, headers=(KEY,),
+             problems=(408, 413, 415, 422, 503, 507)),
+    Endpoint(method="GET", path="/files", handler=files.list_files, summary="List files",
+             answers={200: schemas.FilePage}, query=forms.PageQuery, problems=(422, 503)),
+    Endpoint(method="GET", path="/files/{file_id}", handler=files.get_file, summary="Download a file",
+             answers={200: BYTES, 206: BYTES, 304: None}, headers=(IF_NONE_MATCH, RANGE),
+             problems=(404, 416, 422, 503)),
+    Endpoint(method="DELETE", path="/files/{file_id}", handler=files.delete_file, summary="Delete a file",
+             answers={204: None}, problems=(404, 422, 503, 507)),
+    Endpoint(method="POST", path="/commands/execute", handler=slash.execute_command, summary="Carry out a command",
+             answers={200: schemas.CommandAnswer}, body=forms.NewCommand, problems=(400, 408, 413, 415, 422, 503)),
+    Endpoint(method="GET", path="/usage", handler=slash.usage, summary="What replies have used",
+             answers={200: schemas.UsageTotal}, query=forms.UsageQuery, problems=(404, 422, 503)),
     Endpoint(method="GET", path="/machine", handler=runs.machine, summary="The state machine, for XState",
              answers={200: schemas.Machine}),
     Endpoint(method="GET", path="/healthz", handler=operations.healthz, summary="The process answers",
@@ -130,11 +188,17 @@ def refuse_impossible_ids(path_params: Mapping[str, str]) -> None:
     """Refuses ids with U+0000, which PostgreSQL does not even take for a comparison.
 
     Raises:
-        ContextNotFound, MessageNotFound.
+        NotFound: the one of what the id is of.
     """
+    kinds: dict[str, Callable[[str], NotFound]] = {
+        "approval_id": ApprovalNotFound,
+        "context_id": ContextNotFound,
+        "file_id": FileUnknown,
+        "sequence": ChunkNotFound,
+    }
     for name, value in path_params.items():
         if "\x00" in value:
-            raise ContextNotFound(value) if name == "context_id" else MessageNotFound(value)
+            raise kinds.get(name, MessageNotFound)(value)
 
 
 async def path_not_found(scope: Scope, receive: Receive, send: Send) -> None:

@@ -6,7 +6,8 @@ writes it from the record, and tests hold it against ``Content``.
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
@@ -16,12 +17,25 @@ from pydantic import (
     Field,
     JsonValue,
     PlainSerializer,
+    RootModel,
     WithJsonSchema,
 )
 
 from context_server import records
 from context_server.machine import ALLOWED_COMMANDS, TRANSITIONS
-from context_server.records import Chunk, ChunkKind, Command, MessageStatus, Mode, Role, RunStatus, State
+from context_server.records import (
+    ApprovalStatus,
+    Chunk,
+    ChunkKind,
+    Command,
+    IfBusy,
+    MessageStatus,
+    Mode,
+    Role,
+    RunStatus,
+    State,
+)
+from context_server.store.files import StoredFile
 
 
 def format_time(moment: datetime) -> str:
@@ -43,6 +57,7 @@ class ActiveRun(BaseModel):
     message_id: str
     status: RunStatus
     attempt: int
+    tool: str | None = Field(description="The tool that runs, while the state is calling_tool.")
 
 
 class Context(BaseModel):
@@ -52,6 +67,7 @@ class Context(BaseModel):
     epoch: str
     title: str | None
     mode: Mode
+    model: str | None = Field(description="The model that writes its replies; null for the agent's own.")
     state: State
     version: int
     head_message_id: str | None
@@ -70,12 +86,13 @@ class Context(BaseModel):
             epoch=context.epoch,
             title=context.title,
             mode=context.mode,
+            model=context.model,
             state=context.state,
             version=context.version,
             head_message_id=context.head_message_id,
             active_run=None
             if run is None
-            else ActiveRun(id=run.id, message_id=run.message_id, status=run.status, attempt=run.attempt),
+            else ActiveRun(id=run.id, message_id=run.message_id, status=run.status, attempt=run.attempt, tool=run.tool),
             allowed_commands=ALLOWED_COMMANDS[context.state],
             metadata=dict(context.metadata),
             created_at=context.created_at,
@@ -97,16 +114,45 @@ class RunError(BaseModel):
     detail: str | None
 
 
-class MessagePayload(BaseModel):
-    """What a user posted."""
+class FileOfMessage(BaseModel):
+    """A file that a message refers to; its content is at `/files/{id}`."""
 
-    type: Literal["text"] = "text"
+    id: str
+    name: str
+    media_type: str
+    size_bytes: int
+    sha256: str
+
+
+class MessagePayload(BaseModel):
+    """What a user posted. `name` and `input` are of a workflow, and null in other messages."""
+
+    type: Literal["text", "workflow"] = "text"
     content: str
     display: JsonValue
+    files: list[FileOfMessage]
+    name: str | None
+    input: dict[str, JsonValue] | None
+
+    @classmethod
+    def of(cls, message: records.Message) -> "MessagePayload":
+        """The answer for a user's message."""
+        workflow = message.workflow
+        return cls(
+            type="text" if workflow is None else "workflow",
+            content=message.content or "",
+            display=message.display,
+            files=[FileOfMessage(**asdict(each)) for each in message.files],
+            name=None if workflow is None else workflow.name,
+            input=None if workflow is None else dict(workflow.input),
+        )
 
 
 class Message(BaseModel):
-    """What one author said. With `content`, `sequence` is the sequence that `content` reaches."""
+    """What one author said. With `content`, `sequence` is the sequence that `content` reaches.
+
+    `siblings` stands in lists: the ids of all messages with this parent, this one among them, oldest first.
+    """
 
     id: str
     context_id: str
@@ -121,8 +167,10 @@ class Message(BaseModel):
     usage: dict[str, JsonValue] | None
     digest: str | None
     client_metadata: dict[str, JsonValue]
+    mode: Mode | None
     created_at: Time
     completed_at: Time | None
+    siblings: list[str] | None = None
     content: str | None = None
 
     @classmethod
@@ -130,7 +178,7 @@ class Message(BaseModel):
         """The answer for a record; ``content`` stays unset unless it was asked for."""
         payload = None
         if message.role is Role.USER:
-            payload = MessagePayload(content=message.content or "", display=message.display)
+            payload = MessagePayload.of(message)
         answer = cls(
             id=message.id,
             context_id=message.context_id,
@@ -145,8 +193,10 @@ class Message(BaseModel):
             usage=None if message.usage is None else dict(message.usage),
             digest=message.digest,
             client_metadata=dict(message.client_metadata),
+            mode=message.mode,
             created_at=message.created_at,
             completed_at=message.completed_at,
+            siblings=list(message.siblings) or None,
         )
         if with_content and message.content is not None and message.content_sequence is not None:
             answer.content = message.content
@@ -170,6 +220,7 @@ class Posted(BaseModel):
     run_id: str
     state: State
     version: int
+    disposition: IfBusy | None = Field(None, description="What became of a message that was posted to a busy context.")
 
     @classmethod
     def of(cls, receipt: records.Receipt) -> "Posted":
@@ -181,7 +232,75 @@ class Posted(BaseModel):
             run_id=receipt.run_id,
             state=receipt.state,
             version=receipt.version,
+            disposition=receipt.disposition,
         )
+
+
+class Approval(BaseModel):
+    """A call that a run may make only when a person says so, and what was decided."""
+
+    id: str
+    context_id: str
+    message_id: str
+    run_id: str
+    tool_call_id: str
+    tool: str
+    arguments: dict[str, JsonValue]
+    arguments_sha256: str
+    editable: bool
+    status: ApprovalStatus
+    edited_arguments: dict[str, JsonValue] | None
+    note: str | None
+    created_at: Time
+    expires_at: Time
+    decided_at: Time | None
+
+    @classmethod
+    def of(cls, approval: records.Approval) -> "Approval":
+        """The answer for a record."""
+        fields = {name: getattr(approval, name) for name in cls.model_fields if name != "tool_call_id"}
+        return cls(tool_call_id=approval.call_id, **fields)
+
+
+class Approvals(BaseModel):
+    """Calls that runs of a context have asked for, oldest first."""
+
+    items: list[Approval]
+
+
+class Waiting(BaseModel):
+    """A message that waits for its turn, and the reply that it will get."""
+
+    message_id: str
+    reply_message_id: str
+    payload: MessagePayload
+    created_at: Time
+
+
+class Queue(BaseModel):
+    """What waits in a context, in the order of its turns."""
+
+    items: list[Waiting]
+
+
+class CommandAnswer(BaseModel):
+    """What a command answers."""
+
+    status: Literal["success", "error"]
+    message: str
+    data: dict[str, JsonValue]
+
+
+class UsageTotal(BaseModel):
+    """What replies have used; `estimated` where a provider gave no numbers for some."""
+
+    context_id: str | None
+    replies: int
+    input_tokens: int
+    output_tokens: int
+    requests: int
+    tool_calls: int
+    estimated: bool
 
 
 class TextChunk(BaseModel):
@@ -200,6 +319,10 @@ class DataChunk(BaseModel):
     data: dict[str, JsonValue]
 
 
+class WholeChunk(RootModel[TextChunk | DataChunk]):
+    """One chunk, whole however long its data is."""
+
+
 class Content(BaseModel):
     """What a pull answers. Of a range that `to_sequence` closed, nothing that can still change: null and false."""
 
@@ -214,6 +337,29 @@ class Content(BaseModel):
     digest: str | None
     up_to_date: bool
     epoch: str
+
+
+class File(BaseModel):
+    """A file that messages can refer to."""
+
+    id: str
+    name: str
+    media_type: str
+    size_bytes: int
+    sha256: str
+    created_at: Time
+
+    @classmethod
+    def of(cls, file: StoredFile) -> "File":
+        """The answer for a record."""
+        return cls(**asdict(file.ref), created_at=file.created_at)
+
+
+class FilePage(BaseModel):
+    """A page of files, newest first."""
+
+    items: list[File]
+    next_cursor: str | None
 
 
 class Machine(BaseModel):
@@ -300,8 +446,9 @@ def dump(answer: BaseModel) -> bytes:
 
 
 def dump_message(message: Message) -> str:
-    """A message as JSON, without ``content`` where it was not asked for."""
-    return message.model_dump_json(exclude=None if message.content is not None else {"content"})
+    """A message as JSON, without ``content`` and ``siblings`` where they were not asked for."""
+    optional = {"content": message.content, "siblings": message.siblings}
+    return message.model_dump_json(exclude={name for name, value in optional.items() if value is None})
 
 
 def dump_messages(messages: Sequence[Message], next_cursor: str | None) -> bytes:
@@ -310,15 +457,48 @@ def dump_messages(messages: Sequence[Message], next_cursor: str | None) -> bytes
     return f'{{"items":[{items}],"next_cursor":{json.dumps(next_cursor)}}}'.encode()
 
 
-def chunk_body(chunk: Chunk) -> dict[str, Any]:
-    """A chunk as JSON values."""
+LONG_DATA_BYTES = 16_384
+"""Data of a tool that is larger is shown cut: a client that follows a reply should not have to load every page that an
+agent has read."""
+_SHOWN_CHARACTERS = 2_000
+_SHOWN_FIELDS = 8
+_TOOL_KINDS = frozenset({ChunkKind.TOOL_CALL, ChunkKind.TOOL_RESULT})
+
+
+def shown_data(chunk: Chunk, message_path: str) -> Mapping[str, Any] | None:
+    """The data of a chunk where it is one of many: as it is, or of a long one the beginning and where all of it is.
+
+    ``message_path`` is the path of its message, with what the routes lie below.
+    """
+    if chunk.kind not in _TOOL_KINDS or chunk.data is None or (size := chunk.size_bytes) <= LONG_DATA_BYTES:
+        return chunk.data
+    shown = {name[:_SHOWN_CHARACTERS]: _beginning(value) for name, value in list(chunk.data.items())[:_SHOWN_FIELDS]}
+    url = f"{message_path}/chunks/{chunk.sequence}"
+    return {**shown, "truncated": True, "size_bytes": size, "url": url}
+
+
+def _beginning(value: Any) -> Any:
+    """A value, or where it is long as JSON, its first characters as text."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return value if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS]
+
+
+def chunk_body(chunk: Chunk, message_path: str) -> dict[str, Any]:
+    """A chunk as JSON values; long data as ``shown_data`` says."""
     if chunk.text is not None:
         return {"sequence": chunk.sequence, "kind": chunk.kind, "text": chunk.text}
-    return {"sequence": chunk.sequence, "kind": chunk.kind, "data": chunk.data}
+    return {"sequence": chunk.sequence, "kind": chunk.kind, "data": shown_data(chunk, message_path)}
 
 
-def content_body(page: records.Page, view: str, epoch: str) -> bytes:
-    """The answer of a pull as JSON; see ``Content``."""
+def whole_chunk_body(chunk: Chunk) -> bytes:
+    """A chunk as JSON, whole; see ``WholeChunk``."""
+    held = {"text": chunk.text} if chunk.text is not None else {"data": chunk.data}
+    body = {"sequence": chunk.sequence, "kind": chunk.kind, **held}
+    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def content_body(page: records.Page, view: str, epoch: str, message_path: str = "") -> bytes:
+    """The answer of a pull as JSON; see ``Content``. ``message_path`` is needed for chunks alone."""
     body: dict[str, Any] = {
         "context_id": page.context_id,
         "message_id": page.message_id,
@@ -330,7 +510,7 @@ def content_body(page: records.Page, view: str, epoch: str) -> bytes:
             [chunk.text for chunk in page.chunks if chunk.kind is ChunkKind.TEXT and chunk.text is not None]
         )
     else:
-        body["chunks"] = [chunk_body(chunk) for chunk in page.chunks]
+        body["chunks"] = [chunk_body(chunk, message_path) for chunk in page.chunks]
     body["status"] = None if page.closed else page.status
     body["final_sequence"] = None if page.closed else page.final_sequence
     body["digest"] = None if page.closed else page.digest

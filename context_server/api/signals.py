@@ -49,7 +49,7 @@ def _signal_fields(
     """A signal as JSON values, ``type`` first."""
     match signal:
         case records.StateChanged():
-            return {
+            fields = {
                 "type": "state_changed",
                 "context_id": signal.context_id,
                 "new_state": signal.new_state,
@@ -59,6 +59,7 @@ def _signal_fields(
                 "run_id": signal.run_id,
                 "timestamp": schemas.format_time(signal.timestamp),
             }
+            return fields if signal.tool is None else {**fields, "tool": signal.tool}
         case records.MessageCompleted():
             return {
                 "type": "message_completed",
@@ -111,21 +112,3 @@ def encode_event(
     data = json.dumps(fields, separators=(",", ":"))
     name = fields["type"] if named else None
     return frame_event(data, name=name, event_id=event_id, retry_ms=retry_ms).encode("ascii")
-
-
-def chunk_event(chunk: records.Chunk) -> bytes:
-    """A chunk, for the inline view of its message."""
-    return encode_event({"type": "chunk", **schemas.chunk_body(chunk)}, event_id=str(chunk.sequence))
-
-
-def ending_event(page: records.Page) -> bytes:
-    """The end of a message, for the inline view of it."""
-    fields = {
-        "type": "message_completed",
-        "context_id": page.context_id,
-        "message_id": page.message_id,
-        "final_sequence": page.final_sequence,
-        "status": page.status,
-        "timestamp": schemas.format_time(records.now()),
-    }
-    return encode_event(fields, event_id=f"{page.final_sequence}:end")

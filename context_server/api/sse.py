@@ -98,9 +98,14 @@ def _let_go(rooms: Rooms) -> None:
     rooms.metrics.open_streams.dec()
 
 
+def goodbye_in_ms() -> int:
+    """A random time after which a client may come back, in milliseconds."""
+    return random.randint(*_RETRY_MS)  # noqa: S311  # Spreads reconnects; it guards nothing.
+
+
 def goodbye(*, named: bool = False) -> bytes:
     """The last event of a stream that ends because the server does, with a random time to come back after."""
-    retry_ms = random.randint(*_RETRY_MS)  # noqa: S311  # Spreads reconnects; it guards nothing.
+    retry_ms = goodbye_in_ms()
     return signals.encode_event(signals.goodbye_fields(retry_ms), named=named, retry_ms=retry_ms)
 
 

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import Connection, Engine, make_url
@@ -40,6 +41,16 @@ def parse_url(database_url: str) -> URL:
             raise DatabaseNotSupported(
                 f"database {other!r} is not supported; use the path of a SQLite file, or postgresql+asyncpg://…"
             )
+
+
+def file_of(database_url: str) -> Path | None:
+    """The SQLite file of a URL; None where the database is on a server.
+
+    Raises:
+        DatabaseNotSupported.
+    """
+    url = parse_url(database_url)
+    return Path(url.database or "").absolute() if url.get_backend_name() == "sqlite" else None
 
 
 class Database(ABC):

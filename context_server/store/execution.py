@@ -24,11 +24,12 @@ from context_server.records import (
     State,
     Transition,
 )
-from context_server.store import run_statements, statements
+from context_server.store import approvals, run_statements, statements
 from context_server.store.dialects import dialect_of
 from context_server.store.endings import end_message
 from context_server.store.moves import move_context
-from context_server.store.rows import from_failure
+from context_server.store.rows import from_failure, from_usage
+from context_server.store.waiting import promote
 
 INTERRUPTED = Failure(code="interrupted", detail="The server stopped while this reply was being written.")
 
@@ -67,9 +68,18 @@ def _claim(connection: Connection, row: Row[Any], now_ms: int) -> tuple[Run, Tra
     thinking = advance(state, Event.RUN_CLAIMED)
     run = _to_run(row, row.attempt + 1)
     connection.execute(
-        *run_statements.update_run(run.id, {"status": RunStatus.RUNNING, "attempt": run.attempt, "started_at": now_ms})
+        *run_statements.update_run(
+            run.id,
+            {
+                "status": RunStatus.RUNNING,
+                "attempt": run.attempt,
+                "started_at": now_ms,
+                "start_sequence": run.sequence,
+            },
+        )
     )
-    connection.execute(*statements.update_message(run.message_id, {"attempt": run.attempt}))
+    values = {"attempt": run.attempt, "mode": run.mode}
+    connection.execute(*statements.update_message(run.message_id, values))
     transition = Transition(
         context_id=run.context_id,
         run_id=run.id,
@@ -92,6 +102,9 @@ def _to_run(row: Row[Any], attempt: int) -> Run:
         attempt=attempt,
         mode=Mode(row.mode),
         metadata=row.context_metadata,
+        sequence=row.sequence,
+        content_bytes=row.content_bytes,
+        model=row.model,
     )
 
 
@@ -102,17 +115,25 @@ def append(connection: Connection, *, now_ms: int, batch: Sequence[Append]) -> l
         BatchRefused: a message is not where its run believes; the caller finds out which and leaves it out.
     """
     dialect = dialect_of(connection)
-    moving = [append.run.context_id for append in batch if append.phases or append.ending]
+    moving = [append.run.context_id for append in batch if _moves(append)]
     states: Mapping[str, Row[Any]] = {}
     if moving:
         states = {row.id: row for row in connection.execute(*statements.lock_states(moving))}
     if not dialect.advance_messages(connection, batch):
         raise BatchRefused
+    for append in batch:
+        if append.usage is not None:
+            values = {"usage": from_usage(append.usage)}
+            connection.execute(*statements.update_message(append.run.message_id, values))
     dialect.insert_chunks(connection, ((append.run.message_id, chunk) for append in batch for chunk in append.chunks))
     return [
-        _move(connection, append, states[append.run.context_id], now_ms) if append.phases or append.ending else None
-        for append in batch
+        _move(connection, append, states[append.run.context_id], now_ms) if _moves(append) else None for append in batch
     ]
+
+
+def _moves(append: Append) -> bool:
+    """Whether an append may move its context."""
+    return bool(append.phases or append.ending or append.approvals)
 
 
 class Standing(StrEnum):
@@ -161,12 +182,7 @@ def _standing_of_context(append: Append, row: Row[Any]) -> Transition:
 
 def _move(connection: Connection, append: Append, context: Row[Any], now_ms: int) -> Transition | None:
     """Applies what an append says about its run to the context's state."""
-    previous = state = State(context.state)
-    version = context.version
-    for kind, open_tools in append.phases:
-        # A cancelled context is not in WORKING: what its run still says is kept and moves nothing.
-        if state in WORKING and (event := phase_event(state, kind, open_tools)):
-            state, version = advance(state, event), version + 1
+    state, version, tool = _phase(append, State(context.state), context.version)
     values: dict[str, Any] = {}
     ended = None
     if append.ending:
@@ -175,17 +191,55 @@ def _move(connection: Connection, append: Append, context: Row[Any], now_ms: int
         _end_run(connection, append, append.ending, status, run_status, version, now_ms)
         values = {"active_run_id": None, "updated_at": now_ms}
         ended = EndedMessage(id=append.run.message_id, status=status, final_sequence=append.sequence)
+    elif append.approvals and state in WORKING:  # Else it was told to stop, and its runner is about to hear of that.
+        state, version = advance(state, Event.APPROVAL_REQUESTED), version + 1
+        connection.execute(*run_statements.update_run(append.run.id, _SUSPENDED_RUN))
+        approvals.request(connection, append.approvals)
+        values = {"updated_at": now_ms}
+    elif tool is not None:
+        connection.execute(*run_statements.update_run(append.run.id, {"tool": tool}))
     if version == context.version:
-        return None
+        return _not_moved(append, context) if append.approvals else None
     move_context(connection, context.id, context.version, {"state": state, "version": version, **values})
+    promoted = None
+    if ended is not None:
+        promoted = promote(connection, context_id=context.id, ended_run_id=append.run.id, now_ms=now_ms)
     return Transition(
         context_id=context.id,
         run_id=append.run.id,
-        previous_state=previous,
+        previous_state=State(context.state),
         previous_version=context.version,
         state=state,
         version=version,
         ended=ended,
+        tool=tool if state is State.CALLING_TOOL else None,
+        promoted=promoted,
+    )
+
+
+_SUSPENDED_RUN = {"status": RunStatus.SUSPENDED, "lease_expires_at": None, "tool": None}
+
+
+def _phase(append: Append, state: State, version: int) -> tuple[State, int, str | None]:
+    """The state and version after the phases of an append, and the tool whose call moved it last."""
+    tool = None
+    for phase in append.phases:
+        # A cancelled context is not in WORKING: what its run still says is kept and moves nothing.
+        if state in WORKING and (event := phase_event(state, phase.kind, phase.open_tools)):
+            state, version = advance(state, event), version + 1
+            tool = phase.tool if event is Event.TOOL_STARTED else tool
+    return state, version, tool
+
+
+def _not_moved(append: Append, context: Row[Any]) -> Transition:
+    """Says that a run which was to be suspended was told to stop before: the context as it stands."""
+    return Transition(
+        context_id=context.id,
+        run_id=append.run.id,
+        previous_state=State(context.state),
+        previous_version=context.version,
+        state=State(context.state),
+        version=context.version,
     )
 
 
@@ -218,14 +272,13 @@ def _end_run(
                 "ended_version": version,
                 "completed_at": now_ms,
                 "error": from_failure(ending.failure) if status is MessageStatus.FAILED else None,
-                "usage": None if ending.usage is None else dict(ending.usage),
             },
         )
     )
 
 
 def _ended_run(status: RunStatus, now_ms: int) -> dict[str, Any]:
-    return {"status": status, "ended_at": now_ms, "lease_expires_at": None}
+    return {"status": status, "ended_at": now_ms, "lease_expires_at": None, "tool": None}
 
 
 def expired_runs(connection: Connection, *, limit: int) -> list[Run]:
@@ -262,9 +315,10 @@ def claimed_runs(connection: Connection, *, lease: Lease | None) -> list[tuple[R
     return found
 
 
-def queued_runs(connection: Connection) -> list[Run]:
-    """The queued runs, as far as one claim after the other would take them."""
-    return [_to_run(row, row.attempt) for row in connection.execute(*run_statements.select_queued_runs(_QUEUE_LIMIT))]
+def unclaimed_runs(connection: Connection) -> list[Run]:
+    """The runs that wait for a runner or for a person, oldest first, as far as one would look."""
+    rows = connection.execute(*run_statements.select_unclaimed_runs(_QUEUE_LIMIT))
+    return [_to_run(row, row.attempt) for row in rows]
 
 
 def expire_run(connection: Connection, *, run: Run, now_ms: int) -> Transition | None:
@@ -283,9 +337,11 @@ def expire_run(connection: Connection, *, run: Run, now_ms: int) -> Transition |
     run_status = RunStatus.CANCELLED if cancelled else RunStatus.FAILED
     connection.execute(*run_statements.update_run(run.id, _ended_run(run_status, now_ms)))
     failure = None if cancelled else INTERRUPTED
-    ended = end_message(connection, run.message_id, status, version, now_ms, failure)
+    open_calls = "cancelled" if cancelled else "interrupted"
+    ended = end_message(connection, run.message_id, status, version, now_ms, failure, open_calls=open_calls)
     values = {"state": target, "version": version, "active_run_id": None, "updated_at": now_ms}
     move_context(connection, run.context_id, context.version, values)
+    promoted = promote(connection, context_id=run.context_id, ended_run_id=run.id, now_ms=now_ms)
     return Transition(
         context_id=run.context_id,
         run_id=run.id,
@@ -294,4 +350,5 @@ def expire_run(connection: Connection, *, run: Run, now_ms: int) -> Transition |
         state=target,
         version=version,
         ended=ended,
+        promoted=promoted,
     )

@@ -67,6 +67,7 @@ class Movement:
     open: OpenMessage | None
     ended: tuple[MessageCompleted, ...] = ()
     details: bytes | None = None
+    tool: str | None = None
 
     @property
     def open_id(self) -> str | None:
@@ -207,6 +208,7 @@ def _to_movement(rows: list[Row[Any]], at: datetime) -> Movement:
         open=None if row.reply_id is None else OpenMessage(row.reply_id, row.reply_sequence),
         ended=tuple(sorted(ended, key=attrgetter("version"))),
         details=_digest(row) if row.has_moved else None,
+        tool=row.tool if row.state == State.CALLING_TOOL else None,
     )
 
 

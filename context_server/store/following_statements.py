@@ -28,6 +28,7 @@ _SELECT_MOVEMENTS = (
         contexts.c.state,
         contexts.c.version,
         contexts.c.active_run_id,
+        runs.c.tool,
         _HAS_MOVED.label("has_moved"),
         case((_HAS_MOVED, contexts.c.title)).label("title"),
         case((_HAS_MOVED, contexts.c.mode)).label("mode"),

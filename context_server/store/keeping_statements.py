@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Column, Delete, Table, bindparam, delete, insert, select, text, tuple_, update
+from sqlalchemy import Column, Delete, Table, bindparam, delete, exists, insert, or_, select, text, tuple_, update
 
+from context_server.store.branch_statements import IS_SHARED
 from context_server.store.statements import Bound
 from context_server.store.tables import (
     NOBODY,
@@ -107,16 +108,19 @@ _DISOWN = (
     .where(contexts.c.id.in_(bindparam("key_ids", expanding=True)))
     .values(owner=NOBODY, version=contexts.c.version + 1)
 )
+_HAS_MESSAGES = exists(select(messages.c.id).where(messages.c.context_id == contexts.c.id))
+_HAS_MESSAGES_OF_ITS_OWN = exists(select(messages.c.id).where(messages.c.context_id == contexts.c.id, ~IS_SHARED))
+_SELECT_HAS_MESSAGES = select(messages.c.id).where(messages.c.context_id == bindparam("key_context_id")).limit(1)
 _LOCK_NOBODYS = (
     select(contexts.c.id)
-    .where(contexts.c.owner == NOBODY)
+    .where(contexts.c.owner == NOBODY, or_(~_HAS_MESSAGES, _HAS_MESSAGES_OF_ITS_OWN))
     .order_by(contexts.c.updated_at, contexts.c.id)
     .limit(1)
     .with_for_update(skip_locked=True)
 )
 _LOCK_MESSAGES = (
     select(messages.c.id)
-    .where(messages.c.context_id == bindparam("key_context_id"))
+    .where(messages.c.context_id == bindparam("key_context_id"), ~IS_SHARED)
     .order_by(messages.c.position)
     .limit(bindparam("rows"))
     .with_for_update()
@@ -149,13 +153,21 @@ def disown(context_ids: Sequence[str]) -> Bound:
 
 
 def lock_nobodys() -> Bound:
-    """One context that was taken from its owner, and that no other node is clearing; index owner, updated_at."""
+    """One context that was taken from its owner, and that no other node is clearing; index owner, updated_at.
+
+    One of whose messages only those are left whose text forks share is passed over, until the forks are gone.
+    """
     return _LOCK_NOBODYS, {}
 
 
 def lock_messages(context_id: str, limit: int) -> Bound:
-    """The first messages of a context, locked; unique index context, position."""
+    """The first messages of a context whose text no fork shares, locked; unique index context, position."""
     return _LOCK_MESSAGES, {"key_context_id": context_id, "rows": limit}
+
+
+def select_has_messages(context_id: str) -> Bound:
+    """A message of a context, if it has any; unique index context, position."""
+    return _SELECT_HAS_MESSAGES, {"key_context_id": context_id}
 
 
 def delete_first_chunks(message_id: str, limit: int) -> Bound:

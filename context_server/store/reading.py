@@ -9,6 +9,7 @@ from sqlalchemy import Connection, Row
 from context_server.errors import ContextNotFound, MessageNotFound, SequenceAhead
 from context_server.records import (
     MAX_INTEGER,
+    Approval,
     Chunk,
     ChunkKind,
     Context,
@@ -19,11 +20,20 @@ from context_server.records import (
     Run,
     Snapshot,
     Turn,
+    Usage,
     now,
 )
-from context_server.store import run_statements, statements
+from context_server.store import approvals, branch_statements, run_statements, statements, waiting_statements
 from context_server.store.keeping_statements import select_segments
-from context_server.store.rows import to_chunk, to_context, to_message, to_snapshot
+from context_server.store.rows import (
+    to_chunk,
+    to_context,
+    to_files,
+    to_message,
+    to_snapshot,
+    to_usage,
+    to_workflow,
+)
 from context_server.store.segments import decode_segment
 
 MAX_PAGE_CHUNKS = 10_000
@@ -60,8 +70,10 @@ def take_page(chunks: Iterable[Chunk], max_bytes: int) -> list[Chunk]:
 def chunks_after(connection: Connection, message: Row[Any], after: int, until: int) -> Iterable[Chunk]:
     """The chunks ``after < sequence <= until`` of a row of ``messages``, from its segments and then from its chunks.
 
-    They are read no further than they are asked for.
+    They are read no further than they are asked for. The chunks of a message of a fork are those of another one.
     """
+    if message.content_id is not None:
+        message = connection.execute(*branch_statements.select_content(message.content_id)).one()
     compacted: int = message.compacted_sequence
     if after < compacted:
         yield from _segmented_chunks(connection, message.id, after, min(until, compacted))
@@ -137,6 +149,30 @@ def message(connection: Connection, *, owner: str, context_id: str, message_id: 
     return replace(found, content="".join(parts), content_sequence=found.sequence)
 
 
+def require_context(connection: Connection, owner: str, context_id: str) -> None:
+    """Passes where the owner has such a context.
+
+    Raises:
+        ContextNotFound.
+    """
+    if connection.execute(*statements.select_context(owner, context_id)).one_or_none() is None:
+        raise ContextNotFound(context_id)
+
+
+def waiting(connection: Connection, *, owner: str, context_id: str) -> list[tuple[Message, str]]:
+    """Messages that wait for their turn, each with its text and the id of its reply, in the order of the turns.
+
+    Raises:
+        ContextNotFound.
+    """
+    require_context(connection, owner, context_id)
+    found = []
+    for row in connection.execute(*waiting_statements.select_waiting(context_id)).all():
+        message_row = connection.execute(*branch_statements.select_content(row.message_id)).one()
+        found.append((_with_content(connection, message_row, MAX_INTEGER), row.reply_message_id))
+    return found
+
+
 def messages(
     connection: Connection,
     *,
@@ -146,8 +182,9 @@ def messages(
     limit: int,
     include_content: bool,
     max_bytes: int,
+    tree: bool,
 ) -> tuple[list[Message], int | None]:
-    """A page of a context's messages, oldest first, and the position that the next page starts after.
+    """A page of the head's line, or of all messages (``tree``), oldest first, and the position to go on after.
 
     Users' messages always come with their text, replies with ``include_content``; a page holds ``max_bytes`` of text
     in all. The message at which they are used up is the page's last; a reply is cut there, and goes on by pulling.
@@ -155,9 +192,9 @@ def messages(
     Raises:
         ContextNotFound.
     """
-    if connection.execute(*statements.select_context(owner, context_id)).one_or_none() is None:
-        raise ContextNotFound(context_id)
-    rows = connection.execute(*statements.select_messages(context_id, after, limit + 1)).all()
+    require_context(connection, owner, context_id)
+    select_page = branch_statements.select_tree if tree else branch_statements.select_line
+    rows = connection.execute(*select_page(context_id, after, limit + 1)).all()
     page: list[Message] = []
     left = max_bytes
     for row in rows[:limit]:
@@ -178,9 +215,15 @@ def messages(
             # Not even the first chunk fits: the next page begins with this message.
             break
         left -= size
-        page.append(found)
+        page.append(replace(found, siblings=_siblings(row)))
     following = rows[len(page) - 1].position if page and len(rows) > len(page) else None
     return page, following
+
+
+def _siblings(row: Row[Any]) -> tuple[str, ...]:
+    """``7:b,2:a`` → ``("a", "b")``: the ids in the order of their positions."""
+    named = [entry.partition(":") for entry in (row.siblings or "").split(",") if entry]
+    return tuple(name for _, _, name in sorted(named, key=lambda entry: int(entry[0]))) or (row.id,)
 
 
 def _with_content(connection: Connection, row: Row[Any], max_bytes: int) -> Message:
@@ -239,7 +282,7 @@ def snapshots(
     newest = {
         row.context_id: row
         for row in connection.execute(
-            *statements.select_newest_replies([subscription.context_id for subscription in subscriptions])
+            *branch_statements.select_newest_replies([subscription.context_id for subscription in subscriptions])
         )
     }
     result = []
@@ -265,20 +308,71 @@ def followed_contexts(connection: Connection, *, owner: str, recent: int, limit:
 
 
 def history(connection: Connection, *, run: Run, max_bytes: int) -> list[Turn]:
-    """The messages before a run's reply, oldest first: the newest ones that fit ``max_bytes`` together.
+    """The line that a run's reply goes on from, oldest first: the newest messages that fit ``max_bytes`` together.
 
-    The message to be answered is always among them.
+    The message to be answered is always among them. Of a run that was suspended, what it has taken since follows.
     """
-    rows = connection.execute(*statements.select_history(run.context_id, run.message_id, _HISTORY_LIMIT)).all()
+    rows = connection.execute(*branch_statements.select_history(run.message_id, _HISTORY_LIMIT)).all()
     turns: list[Turn] = []
     left = max_bytes
     for row in rows:
         left -= row.content_bytes
         if turns and left < 0:
             break
-        chunks = tuple(chunks_after(connection, row, 0, row.sequence))
-        turns.append(Turn(Role(row.role), MessageStatus(row.status), row.id, chunks))
-    return turns[::-1]
+        turns.append(to_turn(connection, row))
+    steered = connection.execute(*branch_statements.select_steered(run.id)).all() if run.sequence else []
+    return turns[::-1] + [to_turn(connection, row) for row in steered]
+
+
+def to_turn(connection: Connection, row: Row[Any]) -> Turn:
+    """A message with all its chunks. In a fork it has the id of the one whose text it shares, which steps name."""
+    chunks = tuple(chunks_after(connection, row, 0, row.sequence))
+    return Turn(
+        Role(row.role),
+        MessageStatus(row.status),
+        row.content_id or row.id,
+        chunks,
+        files=to_files(row.payload),
+        workflow=to_workflow(row.payload),
+        steers=row.steers_run_id is not None,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """What a suspended run goes on from: its reply so far, what it has used, and what was decided since."""
+
+    reply: Turn
+    usage: Usage | None
+    approvals: tuple[Approval, ...]
+
+
+def draft(connection: Connection, *, run: Run) -> Draft | None:
+    """What a run goes on from; None where its reply is gone."""
+    row = connection.execute(*branch_statements.select_content(run.message_id)).one_or_none()
+    if row is None:
+        return None
+    decided = tuple(approvals.of_run(connection, run.id))
+    return Draft(reply=to_turn(connection, row), usage=to_usage(row.usage), approvals=decided)
+
+
+def usage(connection: Connection, *, owner: str, context_id: str | None) -> tuple[Usage, int]:
+    """What the replies of an owner, or of one context, have used together, and how many they are.
+
+    Raises:
+        ContextNotFound.
+    """
+    if context_id is not None:
+        require_context(connection, owner, context_id)
+    row = connection.execute(*statements.sum_usage(owner, context_id)).one()
+    total = Usage(
+        input_tokens=row.input_tokens,
+        output_tokens=row.output_tokens,
+        requests=row.requests,
+        tool_calls=row.tool_calls,
+        estimated=bool(row.estimated),
+    )
+    return total, row.replies
 
 
 def active_runs(connection: Connection) -> dict[str, int]:

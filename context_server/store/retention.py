@@ -75,5 +75,6 @@ def _clear_context(connection: Connection, context_id: str, rows: int) -> int:
         connection.execute(*keeping_statements.delete_messages(emptied))
     if len(emptied) < len(message_ids) or len(message_ids) == _MESSAGES:
         return 0  # The rest of it in the next transaction.
-    connection.execute(*statements.delete_context(context_id))
+    if connection.execute(*keeping_statements.select_has_messages(context_id)).first() is None:
+        connection.execute(*statements.delete_context(context_id))
     return rows - len(emptied) - 1

@@ -1,6 +1,7 @@
 """Rows to records and back: the only place that knows how a record lies in a table."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
@@ -8,11 +9,14 @@ from sqlalchemy import Row
 
 from context_server.records import (
     ActiveRun,
+    Approval,
+    ApprovalStatus,
     Chunk,
     ChunkKind,
     ContentDelta,
     Context,
     Failure,
+    FileRef,
     Message,
     MessageCompleted,
     MessageStatus,
@@ -21,6 +25,8 @@ from context_server.records import (
     RunStatus,
     Snapshot,
     State,
+    Usage,
+    WorkflowCall,
 )
 
 
@@ -38,6 +44,7 @@ def to_context(row: Row[Any], epoch: str) -> Context:
             message_id=row.run_message_id,
             status=RunStatus(row.run_status),
             attempt=row.run_attempt,
+            tool=_running_tool(row),
         )
     return Context(
         id=row.id,
@@ -52,7 +59,14 @@ def to_context(row: Row[Any], epoch: str) -> Context:
         metadata=row.metadata,
         created_at=from_ms(row.created_at),
         updated_at=from_ms(row.updated_at),
+        model=row.model,
     )
+
+
+def _running_tool(context: Row[Any]) -> str | None:
+    """The tool that runs; the run's row keeps the name of the last one."""
+    tool: str | None = context.run_tool
+    return tool if context.state == State.CALLING_TOOL else None
 
 
 def to_failure(error: Mapping[str, Any] | None) -> Failure | None:
@@ -63,6 +77,58 @@ def to_failure(error: Mapping[str, Any] | None) -> Failure | None:
 def from_failure(failure: Failure | None) -> dict[str, Any] | None:
     """The ``error`` column for a failure."""
     return None if failure is None else {"code": failure.code, "detail": failure.detail}
+
+
+def from_usage(usage: Usage) -> dict[str, Any]:
+    """The ``usage`` column of a message."""
+    return asdict(usage)
+
+
+def to_usage(usage: Mapping[str, Any] | None) -> Usage | None:
+    """What the ``usage`` column of a message says."""
+    return None if usage is None else Usage(**usage)
+
+
+def to_files(payload: Mapping[str, Any] | None) -> tuple[FileRef, ...]:
+    """The files in the ``payload`` column of a message."""
+    return tuple(FileRef(**found) for found in (payload or {}).get("files", ()))
+
+
+def to_workflow(payload: Mapping[str, Any] | None) -> WorkflowCall | None:
+    """The workflow in the ``payload`` column of a message."""
+    found = (payload or {}).get("workflow")
+    return None if found is None else WorkflowCall(**found)
+
+
+def from_payload(files: Sequence[FileRef], workflow: WorkflowCall | None) -> dict[str, Any] | None:
+    """The ``payload`` column for what a user's message holds besides its text."""
+    payload: dict[str, Any] = {}
+    if files:
+        payload["files"] = [asdict(each) for each in files]
+    if workflow is not None:
+        payload["workflow"] = asdict(workflow)
+    return payload or None
+
+
+def to_approval(row: Row[Any]) -> Approval:
+    """A row of ``approvals``."""
+    return Approval(
+        id=row.id,
+        context_id=row.context_id,
+        message_id=row.message_id,
+        run_id=row.run_id,
+        call_id=row.call_id,
+        tool=row.tool,
+        arguments=row.arguments,
+        arguments_sha256=row.arguments_sha256,
+        editable=row.editable,
+        status=ApprovalStatus(row.status),
+        edited_arguments=row.edited_arguments,
+        note=row.note,
+        created_at=from_ms(row.created_at),
+        expires_at=from_ms(row.expires_at),
+        decided_at=None if row.decided_at is None else from_ms(row.decided_at),
+    )
 
 
 def to_message(row: Row[Any]) -> Message:
@@ -83,6 +149,9 @@ def to_message(row: Row[Any]) -> Message:
         digest=row.digest,
         created_at=from_ms(row.created_at),
         completed_at=None if row.completed_at is None else from_ms(row.completed_at),
+        mode=None if row.mode is None else Mode(row.mode),
+        files=to_files(row.payload),
+        workflow=to_workflow(row.payload),
     )
 
 
@@ -122,4 +191,5 @@ def to_snapshot(context: Row[Any], newest: Row[Any] | None, ended: list[Row[Any]
         newest_sequence=sequence,
         ended=tuple(to_completed(row, at) for row in ended),
         at=at,
+        tool=_running_tool(context),
     )

@@ -11,16 +11,28 @@ from context_server.store.statements import IS_ACTIVE, Bound
 from context_server.store.tables import contexts, messages, runs
 
 _INSERT_RUN = insert(runs)
-_SELECT_RUNS = select(
-    runs,
-    contexts.c.owner,
-    contexts.c.state,
-    contexts.c.version,
-    contexts.c.mode,
-    contexts.c.metadata.label("context_metadata"),
-).join(contexts, contexts.c.id == runs.c.context_id)
+_SELECT_RUNS = (
+    select(
+        runs,
+        contexts.c.owner,
+        contexts.c.state,
+        contexts.c.version,
+        contexts.c.mode,
+        contexts.c.model,
+        contexts.c.metadata.label("context_metadata"),
+        messages.c.sequence,
+        messages.c.content_bytes,
+    )
+    .join(contexts, contexts.c.id == runs.c.context_id)
+    .join(messages, messages.c.id == runs.c.message_id)
+)
 _SELECT_QUEUED_RUNS = (
     _SELECT_RUNS.where(IS_ACTIVE, runs.c.status == RunStatus.QUEUED)
+    .order_by(runs.c.created_at, runs.c.id)
+    .limit(bindparam("rows"))
+)
+_SELECT_UNCLAIMED_RUNS = (
+    _SELECT_RUNS.where(IS_ACTIVE, runs.c.status != RunStatus.RUNNING)
     .order_by(runs.c.created_at, runs.c.id)
     .limit(bindparam("rows"))
 )
@@ -45,6 +57,16 @@ _LOCK_EXPIRED_RUN = (
     .join(messages, messages.c.id == runs.c.message_id)
     .where(_HAS_EXPIRED, runs.c.id == bindparam("key_id"), runs.c.attempt == bindparam("key_attempt"))
     .with_for_update(of=(runs, contexts, messages), skip_locked=True)
+)
+_LOCK_HELD_RUN = (
+    select(runs.c.id)
+    .where(
+        runs.c.id == bindparam("key_id"),
+        runs.c.attempt == bindparam("key_attempt"),
+        runs.c.status == RunStatus.RUNNING,
+        or_(runs.c.lease_expires_at.is_(None), _IS_LEASED),
+    )
+    .with_for_update()
 )
 _LEASE = {"node_id": bindparam("node"), "lease_expires_at": database_now_ms() + bindparam("lease_ms", type_=BigInteger)}
 _TAKE_LEASES = update(runs).where(runs.c.id.in_(bindparam("key_ids", expanding=True))).values(_LEASE)
@@ -79,12 +101,12 @@ _SELECT_RUNNING_STATES = (
         runs.c.node_id.is_not_distinct_from(bindparam("key_node")),
     )
 )
-_SELECT_CLAIMED_RUNS = _SELECT_RUNS.join(messages, messages.c.id == runs.c.message_id).where(
+_SELECT_CLAIMED_RUNS = _SELECT_RUNS.where(
     IS_ACTIVE,
     runs.c.status == RunStatus.RUNNING,
     runs.c.node_id == bindparam("key_node"),
     _IS_LEASED,
-    messages.c.sequence == 0,
+    messages.c.sequence == runs.c.start_sequence,
 )
 _UPDATE_RUN = update(runs).where(runs.c.id == bindparam("key_id"))
 _COUNT_ACTIVE_RUNS = select(runs.c.status, func.count().label("runs")).where(IS_ACTIVE).group_by(runs.c.status)
@@ -95,13 +117,16 @@ def insert_run(values: Mapping[str, Any]) -> Bound:
     return _INSERT_RUN, dict(values)
 
 
-def select_queued_runs(limit: int) -> Bound:
-    """Queued runs with what their agent needs, oldest first; partial index of active runs."""
-    return _SELECT_QUEUED_RUNS, {"rows": limit}
+def select_unclaimed_runs(limit: int) -> Bound:
+    """Queued and suspended runs, oldest first; partial index of active runs."""
+    return _SELECT_UNCLAIMED_RUNS, {"rows": limit}
 
 
 def claim_runs(limit: int) -> Bound:
-    """The same, locked with their contexts; those that somebody else has locked are left out."""
+    """Queued runs with what their agent needs, oldest first, locked with their contexts; partial index of active runs.
+
+    Those that somebody else has locked are left out.
+    """
     return _CLAIM_RUNS, {"rows": limit}
 
 
@@ -113,6 +138,11 @@ def select_expired_runs(limit: int) -> Bound:
 def lock_expired_run(run_id: str, attempt: int) -> Bound:
     """State and version of the context of a run that nobody holds, all of its rows locked; nothing where one is."""
     return _LOCK_EXPIRED_RUN, {"key_id": run_id, "key_attempt": attempt}
+
+
+def lock_held_run(run_id: str, attempt: int) -> Bound:
+    """A run that this attempt still holds, by primary key, locked; nothing where it does not."""
+    return _LOCK_HELD_RUN, {"key_id": run_id, "key_attempt": attempt}
 
 
 def take_leases(run_ids: Iterable[str], node_id: str, lease_ms: int) -> Bound:

@@ -9,7 +9,7 @@ request reaches is scoped by owner, by the statement itself or by one before it 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Executable, bindparam, delete, func, insert, select, tuple_, update
+from sqlalchemy import BigInteger, Executable, Integer, bindparam, cast, delete, func, insert, select, tuple_, update
 
 from context_server.records import Role, RunStatus
 from context_server.store.clock import database_now_ms
@@ -55,6 +55,7 @@ _CONTEXTS_WITH_RUNS = select(
     runs.c.message_id.label("run_message_id"),
     runs.c.status.label("run_status"),
     runs.c.attempt.label("run_attempt"),
+    runs.c.tool.label("run_tool"),
 ).outerjoin(runs, runs.c.id == contexts.c.active_run_id)
 _NEWEST_FIRST = (contexts.c.updated_at.desc(), contexts.c.id.desc())
 
@@ -167,24 +168,6 @@ _SELECT_MESSAGE = (
         contexts.c.owner == bindparam("key_owner"),
     )
 )
-_SELECT_MESSAGES = (
-    select(messages)
-    .where(messages.c.context_id == bindparam("key_context_id"), messages.c.position > bindparam("after"))
-    .order_by(messages.c.position)
-    .limit(bindparam("rows"))
-)
-_REPLY_POSITION = select(messages.c.position).where(messages.c.id == bindparam("key_id")).scalar_subquery()
-_SELECT_HISTORY = (
-    select(messages)
-    .where(messages.c.context_id == bindparam("key_context_id"), messages.c.position < _REPLY_POSITION)
-    .order_by(messages.c.position.desc())
-    .limit(bindparam("rows"))
-)
-_SELECT_NEWEST_REPLIES = (
-    select(messages)
-    .join(contexts, contexts.c.head_message_id == messages.c.id)
-    .where(contexts.c.id.in_(bindparam("key_ids", expanding=True)))
-)
 _SELECT_ENDED_SINCE = (
     select(messages)
     .where(
@@ -208,21 +191,6 @@ def select_message(owner: str, context_id: str, message_id: str) -> Bound:
     return _SELECT_MESSAGE, {"key_id": message_id, "key_context_id": context_id, "key_owner": owner}
 
 
-def select_messages(context_id: str, after: int, limit: int) -> Bound:
-    """Messages of a context after a position, oldest first; unique index context, position."""
-    return _SELECT_MESSAGES, {"key_context_id": context_id, "after": after, "rows": limit}
-
-
-def select_history(context_id: str, before_message_id: str, limit: int) -> Bound:
-    """Messages before a reply, newest first; unique index context, position."""
-    return _SELECT_HISTORY, {"key_context_id": context_id, "key_id": before_message_id, "rows": limit}
-
-
-def select_newest_replies(context_ids: Iterable[str]) -> Bound:
-    """The head message of each context, by primary keys."""
-    return _SELECT_NEWEST_REPLIES, {"key_ids": list(context_ids)}
-
-
 def select_ended_since(context_id: str, version: int, limit: int) -> Bound:
     """Replies of a context that ended at a version or later, oldest first; index context, ended_version.
 
@@ -239,9 +207,45 @@ def lock_message(message_id: str) -> Bound:
     return _LOCK_MESSAGE, {"key_id": message_id}
 
 
+_ADD_CONTENT_BYTES = (
+    update(messages)
+    .where(messages.c.id == bindparam("key_id"))
+    .values(content_bytes=messages.c.content_bytes + bindparam("more", type_=BigInteger))
+)
+
+
+def add_content_bytes(message_id: str, more: int) -> Bound:
+    """Makes the size of a message so many bytes larger, by primary key."""
+    return _ADD_CONTENT_BYTES, {"key_id": message_id, "more": more}
+
+
 def update_message(message_id: str, values: Mapping[str, Any]) -> Bound:
     """Changes a message, by primary key."""
     return _UPDATE_MESSAGE, {"key_id": message_id, **values}
+
+
+_USED = [
+    func.coalesce(func.sum(messages.c.usage[name].as_integer()), 0).label(name)
+    for name in ("input_tokens", "output_tokens", "requests", "tool_calls")
+]
+_SUM_USAGE = (
+    select(
+        func.count(messages.c.usage).label("replies"),
+        *_USED,
+        func.coalesce(func.max(cast(messages.c.usage["estimated"].as_boolean(), Integer)), 0).label("estimated"),
+    )
+    .select_from(contexts)
+    .join(messages, messages.c.context_id == contexts.c.id)
+    .where(contexts.c.owner == bindparam("key_owner"), messages.c.role == Role.ASSISTANT)
+)
+_SUM_USAGE_OF_CONTEXT = _SUM_USAGE.where(contexts.c.id == bindparam("key_context_id"))
+
+
+def sum_usage(owner: str, context_id: str | None) -> Bound:
+    """What the replies of an owner, or of one context, have used; index owner, and context, position."""
+    if context_id is None:
+        return _SUM_USAGE, {"key_owner": owner}
+    return _SUM_USAGE_OF_CONTEXT, {"key_owner": owner, "key_context_id": context_id}
 
 
 # Chunks

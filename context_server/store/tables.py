@@ -9,6 +9,7 @@ from enum import StrEnum
 from sqlalchemy import (
     JSON,
     BigInteger,
+    Boolean,
     CheckConstraint,
     Column,
     ForeignKey,
@@ -25,7 +26,7 @@ from sqlalchemy import (
 )
 
 from context_server.machine import BUSY
-from context_server.records import ChunkKind, MessageStatus, Mode, Role, RunStatus, State
+from context_server.records import ApprovalStatus, ChunkKind, MessageStatus, Mode, Role, RunStatus, State
 
 metadata = MetaData(
     naming_convention={
@@ -49,6 +50,9 @@ _ROOM_TO_UPDATE = {"fillfactor": 70}
 ACTIVE_RUN = "status IN ('queued', 'running', 'suspended')"
 ENDED_MESSAGE = "status IN ('cancelled', 'completed', 'failed')"
 WITHOUT_RUN = "active_run_id IS NULL"
+PENDING = "status = 'pending'"
+SHARES_CONTENT = "content_id IS NOT NULL"
+STEERS = "steers_run_id IS NOT NULL"
 WORTH_COMPACTING = "final_sequence >= 8 AND compacted_sequence < final_sequence"
 """A segment costs as much as a few chunks. In the index ``sequence`` must not be: it moves with every append."""
 NOBODY = ""
@@ -74,6 +78,8 @@ contexts = Table(
     Column("head_message_id", String(36)),
     Column("active_run_id", String(36)),
     Column("metadata", JSON, nullable=False),
+    # The model that writes its replies, where it is not the agent's own.
+    Column("model", String(200)),
     Column("created_at", BigInteger, nullable=False),
     Column("updated_at", BigInteger, nullable=False),
     CheckConstraint(one_of("state", State), name="state_known"),
@@ -125,6 +131,14 @@ messages = Table(
         nullable=False,
         server_default=text("0"),
     ),
+    Column("mode", String(8)),
+    # What a user's message holds besides its text: {files, workflow}.
+    Column("payload", JSON(none_as_null=True)),
+    # The message whose chunks this one shares, in a fork; such a message has none of its own.
+    Column("content_id", String(36)),
+    # The run that a message was handed to instead of having one of its own, and when that run took it.
+    Column("steers_run_id", String(36)),
+    Column("steered_at", BigInteger),
     UniqueConstraint("context_id", "position"),
     CheckConstraint(one_of("role", Role), name="role_known"),
     CheckConstraint(one_of("status", MessageStatus), name="status_known"),
@@ -134,6 +148,14 @@ messages = Table(
     CheckConstraint("status <> 'pending' OR sequence = 0", name="pending_is_empty"),
     CheckConstraint("sequence >= 0 AND content_bytes >= 0", name="sequence_positive"),
     Index(None, "context_id", "ended_version"),
+    Index(None, "context_id", "parent_id"),
+    Index(
+        "ix_messages_content_id",
+        "content_id",
+        sqlite_where=text(SHARES_CONTENT),
+        postgresql_where=text(SHARES_CONTENT),
+    ),
+    Index("ix_messages_steering", "steers_run_id", sqlite_where=text(STEERS), postgresql_where=text(STEERS)),
     Index(
         "ix_messages_to_compact",
         "completed_at",
@@ -186,6 +208,10 @@ runs = Table(
     # Who runs it, and until when by the database's clock. Null on SQLite: the one process holds its runs for its life.
     Column("node_id", String(36)),
     Column("lease_expires_at", BigInteger),
+    # How far the reply was when this attempt began: beyond 0 after a suspension.
+    Column("start_sequence", BigInteger, nullable=False, server_default=text("0")),
+    # The tool that runs, while the context is calling_tool.
+    Column("tool", String(200)),
     CheckConstraint(one_of("status", RunStatus), name="status_known"),
     CheckConstraint("status = 'running' OR lease_expires_at IS NULL", name="only_running_is_leased"),
     CheckConstraint(f"({ACTIVE_RUN}) = (ended_at IS NULL)", name="active_has_not_ended"),
@@ -206,6 +232,71 @@ runs = Table(
         postgresql_where=text(ACTIVE_RUN),
     ),
     postgresql_with=_ROOM_TO_UPDATE,
+)
+
+waiting_runs = Table(
+    # Runs behind the active one of their context, with their messages; each gets its row in runs when its turn comes.
+    "waiting_runs",
+    metadata,
+    Column("run_id", String(36), primary_key=True),
+    Column("context_id", String(36), ForeignKey("contexts.id", ondelete="CASCADE"), nullable=False),
+    Column("message_id", String(36), ForeignKey("messages.id", ondelete="CASCADE"), nullable=False),
+    Column("reply_message_id", String(36), ForeignKey("messages.id", ondelete="CASCADE"), nullable=False),
+    # 0 goes before 1: what interrupts stands before what queues.
+    Column("priority", SmallInteger, nullable=False),
+    # Whether it is to follow the head as it is when its turn comes, or the parent that it was posted with.
+    Column("follows_head", Boolean, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Index(None, "context_id", "priority", "created_at", "run_id"),
+    Index(None, "message_id"),
+    Index(None, "reply_message_id"),
+)
+
+approvals = Table(
+    "approvals",
+    metadata,
+    Column("id", String(36), primary_key=True),
+    Column("context_id", String(36), ForeignKey("contexts.id", ondelete="CASCADE"), nullable=False),
+    Column("message_id", String(36), ForeignKey("messages.id", ondelete="CASCADE"), nullable=False),
+    Column("run_id", String(36), nullable=False),
+    Column("call_id", String(200), nullable=False),
+    Column("tool", String(200), nullable=False),
+    Column("arguments", JSON, nullable=False),
+    Column("arguments_sha256", String(64), nullable=False),
+    Column("editable", Boolean, nullable=False),
+    Column("status", String(10), nullable=False),
+    Column("edited_arguments", JSON(none_as_null=True)),
+    Column("note", Text),
+    Column("created_at", BigInteger, nullable=False),
+    Column("expires_at", BigInteger, nullable=False),
+    Column("decided_at", BigInteger),
+    CheckConstraint(one_of("status", ApprovalStatus), name="status_known"),
+    CheckConstraint(f"({PENDING}) = (decided_at IS NULL)", name="decided_has_time"),
+    CheckConstraint("edited_arguments IS NULL OR (editable AND status = 'approved')", name="only_editable_is_edited"),
+    Index(None, "context_id", "created_at", "id"),
+    Index(None, "message_id"),
+    Index(None, "run_id"),
+    Index(
+        "ix_approvals_to_expire",
+        "expires_at",
+        "id",
+        sqlite_where=text(PENDING),
+        postgresql_where=text(PENDING),
+    ),
+)
+
+files = Table(
+    "files",
+    metadata,
+    Column("id", String(36), primary_key=True),
+    Column("owner", String(200), nullable=False),
+    Column("name", String(255), nullable=False),
+    Column("media_type", String(127), nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("sha256", String(64), nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    CheckConstraint("size_bytes >= 0", name="size_positive"),
+    Index(None, "owner", "created_at", "id"),
 )
 
 idempotency_keys = Table(

@@ -22,23 +22,37 @@ from context_server.records import (
     State,
     Transition,
     Turn,
+    Usage,
     new_id,
 )
-from context_server.store import conversations, execution, idempotency, migrating, reading, statements
-from context_server.store.conversations import Post
+from context_server.store import (
+    branches,
+    conversations,
+    execution,
+    idempotency,
+    migrating,
+    posting,
+    reading,
+    statements,
+)
 from context_server.store.database import Database, open_database
 from context_server.store.dialects import dialect_of
 from context_server.store.dialects.sqlite import has_wal_bug
+from context_server.store.exchanges import Post
 from context_server.store.execution import Lease, Standing
+from context_server.store.files import StoredFiles
 from context_server.store.following import Following
 from context_server.store.housekeeping import Housekeeping
 from context_server.store.idempotency import Once
 from context_server.store.maintenance import prepare, read_epoch
-from context_server.store.reading import Subscription
+from context_server.store.reading import Draft, Subscription
+from context_server.store.suspension import Suspension
+from context_server.store.wires import Wires
 
 T = TypeVar("T")
 
 DEFAULT_LEASE_MS = 5000
+DEFAULT_MAX_WAITING = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +95,10 @@ class Store:
         """Under which runs are leased here; None where there are no leases."""
         self.epoch = epoch
         self.house = Housekeeping(database)
+        self.suspension = Suspension(database)
+        self.files = StoredFiles(database)
         self.following = Following(database)
+        self.wires = Wires(database, epoch)
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -166,10 +183,11 @@ class Store:
     async def change_context(
         self, owner: str, context_id: str, changes: Mapping[str, Any], *, if_match: int | None = None
     ) -> Context:
-        """The context with ``changes`` of title, mode and metadata, one version on.
+        """The context with ``changes`` of title, mode, metadata and head_message_id, one version on.
 
         Raises:
-            ContextNotFound, VersionMismatch.
+            ContextNotFound, VersionMismatch, MessageNotFound (the head).
+            CommandNotAllowed: the head cannot be moved while the context is busy.
         """
         return await self._write(
             lambda connection: conversations.change_context(
@@ -197,6 +215,29 @@ class Store:
 
     # Messages and the commands of clients
 
+    async def fork_context(
+        self, owner: str, context_id: str, message_id: str, *, title: str | None, once: Once[Context] | None = None
+    ) -> Context:
+        """A new context with the line up to a message as its history; the text is shared.
+
+        Raises:
+            ContextNotFound, MessageNotFound, MessageOpen.
+            Replayed, IdempotencyKeyReused: ``once`` was used before.
+        """
+
+        def work(connection: Connection, now_ms: int) -> Context:
+            return branches.fork(
+                connection,
+                owner=owner,
+                epoch=self.epoch,
+                now_ms=now_ms,
+                context_id=context_id,
+                message_id=message_id,
+                title=title,
+            )
+
+        return await self._write(partial(_do_once, owner, once, work, _itself))
+
     async def post_message(
         self,
         owner: str,
@@ -205,17 +246,47 @@ class Store:
         *,
         if_match: int | None = None,
         once: Once[Receipt] | None = None,
-    ) -> tuple[Receipt, Transition]:
-        """The user's message, an empty reply and its queued run.
+        max_waiting: int = DEFAULT_MAX_WAITING,
+    ) -> tuple[Receipt, Transition | None]:
+        """The user's message, an empty reply and its queued run; no transition where it waits, or steers.
 
         Raises:
-            ContextNotFound, VersionMismatch, CommandNotAllowed.
+            ContextNotFound, VersionMismatch, MessageNotFound (the parent), CommandNotAllowed, QueueFull.
+            Replayed, IdempotencyKeyReused: ``once`` was used before.
+        """
+
+        def work(connection: Connection, now_ms: int) -> tuple[Receipt, Transition | None]:
+            return posting.post_message(
+                connection,
+                owner=owner,
+                now_ms=now_ms,
+                context_id=context_id,
+                post=post,
+                if_match=if_match,
+                max_waiting=max_waiting,
+            )
+
+        return await self._write(partial(_do_once, owner, once, work, _first))
+
+    async def regenerate(
+        self,
+        owner: str,
+        context_id: str,
+        message_id: str,
+        *,
+        if_match: int | None = None,
+        once: Once[Receipt] | None = None,
+    ) -> tuple[Receipt, Transition]:
+        """Another reply beside one that is there, or to a user's message, and its queued run.
+
+        Raises:
+            ContextNotFound, VersionMismatch, MessageNotFound, CommandNotAllowed.
             Replayed, IdempotencyKeyReused: ``once`` was used before.
         """
 
         def work(connection: Connection, now_ms: int) -> tuple[Receipt, Transition]:
-            return conversations.post_message(
-                connection, owner=owner, now_ms=now_ms, context_id=context_id, post=post, if_match=if_match
+            return posting.regenerate(
+                connection, owner=owner, now_ms=now_ms, context_id=context_id, message_id=message_id, if_match=if_match
             )
 
         return await self._write(partial(_do_once, owner, once, work, _first))
@@ -231,7 +302,7 @@ class Store:
         """
 
         def work(connection: Connection, now_ms: int) -> tuple[Context, Transition | None]:
-            return conversations.request_cancel(
+            return posting.request_cancel(
                 connection, owner=owner, epoch=self.epoch, now_ms=now_ms, context_id=context_id, if_match=if_match
             )
 
@@ -254,8 +325,9 @@ class Store:
         limit: int = 50,
         include_content: bool = False,
         max_bytes: int = 1_048_576,
+        tree: bool = False,
     ) -> tuple[list[Message], int | None]:
-        """A page of messages, oldest first, and the position that the next page starts after.
+        """A page of the head's line, or of all messages, oldest first, and the position that the next one starts after.
 
         Raises:
             ContextNotFound.
@@ -269,6 +341,7 @@ class Store:
                 limit=limit,
                 include_content=include_content,
                 max_bytes=max_bytes,
+                tree=tree,
             )
         )
 
@@ -333,6 +406,10 @@ class Store:
         """The messages before a run's reply, oldest first: the newest ones that fit ``max_bytes``."""
         return await self._read(partial(reading.history, run=run, max_bytes=max_bytes))
 
+    async def draft(self, run: Run) -> Draft | None:
+        """What a run that was suspended goes on from; None where its reply is gone."""
+        return await self._read(partial(reading.draft, run=run))
+
     async def append(self, batch: Sequence[Append]) -> list[Transition | None]:
         """Adds a batch of many runs to the log; for each, the transition that it caused.
 
@@ -376,13 +453,21 @@ class Store:
         """Ends a run that nobody holds; what it appended is kept. None where somebody else does so, or holds it."""
         return await self._write(lambda connection: execution.expire_run(connection, run=run, now_ms=_clock_ms()))
 
+    async def usage(self, owner: str, context_id: str | None) -> tuple[Usage, int]:
+        """What an owner's replies, or those of one context, have used, and how many they are.
+
+        Raises:
+            ContextNotFound.
+        """
+        return await self._read(partial(reading.usage, owner=owner, context_id=context_id))
+
     async def active_runs(self) -> dict[str, int]:
         """How many runs are queued, running, suspended."""
         return await self._read(reading.active_runs)
 
-    async def queued_runs(self) -> list[Run]:
-        """Every run that waits for a runner."""
-        return await self._read(execution.queued_runs)
+    async def unclaimed_runs(self) -> list[Run]:
+        """Every run that waits for a runner, or for a person."""
+        return await self._read(execution.unclaimed_runs)
 
     # Keeping house
 

@@ -105,7 +105,24 @@ class ModelContext:
             self.move("cancelling")
 
     def expired(self) -> None:
+        """Whoever wrote is gone: each call without a result is given one that says so."""
+        status = "cancelled" if self.state == "cancelling" else "interrupted"
+        for call_id in self._open_calls():
+            data = {"id": call_id, "status": status, "result": None, "seconds": None}
+            self.reply.chunks.append(Chunk(len(self.reply.chunks) + 1, ChunkKind.TOOL_RESULT, None, data))
+            self.reply.status = MessageStatus.STREAMING
         self.ended(Outcome.FAILED, "interrupted")
+
+    def _open_calls(self) -> list[str]:
+        found: list[str] = []
+        for chunk in self.reply.chunks:
+            if chunk.data is None:
+                continue
+            if chunk.kind is ChunkKind.TOOL_CALL and chunk.data["id"] not in found:
+                found.append(chunk.data["id"])
+            if chunk.kind is ChunkKind.TOOL_RESULT and chunk.data["id"] in found:
+                found.remove(chunk.data["id"])
+        return found
 
     def _close(self, status: MessageStatus, state: str, error: str | None = None) -> None:
         self.reply.status = status

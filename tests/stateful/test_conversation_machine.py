@@ -16,7 +16,7 @@ from context_server.metrics import Metrics
 from context_server.records import ChunkKind, Delta, MessageStatus, Role, State
 from context_server.settings import Settings
 from context_server.storable import clean_text
-from context_server.store.conversations import Post
+from context_server.store.exchanges import Post
 from tests.stateful.crashing import CrashingDatabase
 from tests.stateful.reader import OWNER, Reader
 from tests.stateful.scripted import ScriptedAgent, Step, Stop

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from context_server.errors import CommandNotAllowed, ContextNotFound, IdempotencyKeyReused, VersionMismatch
 from context_server.records import Chunk, ChunkKind, Context, Message, MessageStatus, Outcome, Role
 from context_server.store import Store
-from context_server.store.conversations import Post
+from context_server.store.exchanges import Post
 from context_server.store.execution import BatchRefused, Standing
 from context_server.store.idempotency import Once, Replayed
 from tests.stateful.crashing import CrashingDatabase, OutlivingDatabase

@@ -61,7 +61,8 @@ class Picture:
             for view in ("content", "chunks"):
                 seen["pull", first, last, size, view] = (etag_of(page, view, epoch), content_body(page, view, epoch))
         for size in PAGE_BYTES:
-            listed = partial(reading.messages, connection, **of_message, limit=10, include_content=True, max_bytes=size)
+            limits = {"limit": 10, "max_bytes": size, "tree": False}
+            listed = partial(reading.messages, connection, **of_message, **limits, include_content=True)
             seen["list", size] = [listed(after=after) for after in range(3)]
         seen["message"] = reading.message(connection, **of_message, message_id=run.message_id)
         # As for an agent that is to answer after this message.

@@ -8,7 +8,7 @@ import pytest
 from context_server.errors import ContextNotFound
 from context_server.records import Outcome
 from context_server.store import Store, conversations, endings, retention
-from context_server.store.conversations import Post
+from context_server.store.exchanges import Post
 from context_server.store.execution import BatchRefused, Standing
 from context_server.store.reading import Subscription
 from tests.store.compacting import Interrupted, compact_all, interrupted_at, written
@@ -101,17 +101,17 @@ async def test_the_run_of_a_long_context_that_is_deleted_is_fenced(store, counte
 
 @pytest.mark.only("postgresql")
 async def test_a_reply_that_goes_on_while_its_long_context_is_deleted(store, monkeypatch):
-    read_digest = endings._read_digest
+    read = endings._read
     has_read = asyncio.Event()
 
     def read_slowly(connection, message_id):
-        found = read_digest(connection, message_id)
+        found = read(connection, message_id)
         has_read.set()
         connection.exec_driver_sql("SELECT pg_sleep(0.5)")
         return found
 
     monkeypatch.setattr(conversations, "_CHUNKS_AT_ONCE", 10)
-    monkeypatch.setattr(endings, "_read_digest", read_slowly)
+    monkeypatch.setattr(endings, "_read", read_slowly)
     writer = await start(store)
     await writer.write(*["word "] * 20)
     deleting = asyncio.create_task(store.delete_context(OWNER, writer.run.context_id))

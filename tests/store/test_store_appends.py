@@ -1,10 +1,11 @@
 """Appends: the group commit, the states that it moves, endings, and the fence against stale attempts."""
 
 import dataclasses
+from dataclasses import asdict
 
 import pytest
 
-from context_server.records import Chunk, ChunkKind, EndedMessage, MessageStatus, Outcome, State
+from context_server.records import Chunk, ChunkKind, EndedMessage, MessageStatus, Outcome, State, Usage
 from context_server.store.execution import BatchRefused, Standing
 from tests.store.writing import FAILURE, OWNER, Writer, call, exchange, reasoning, result, sha256, start
 
@@ -90,14 +91,14 @@ async def test_an_ending_closes_message_run_and_state_together(store, outcome, s
     writer = await start(store)
     await writer.write("one")
 
-    append = writer.take("two", outcome=outcome, failure=FAILURE, usage={"tokens": 7})
+    append = writer.take("two", outcome=outcome, failure=FAILURE, usage=Usage(input_tokens=7))
     (transition,) = await store.append([append])
 
     assert transition is not None
     assert (transition.previous_state, transition.state, transition.version) == (State.STREAMING, state, 5)
     assert transition.ended == EndedMessage(id=writer.run.message_id, status=status, final_sequence=2)
     message = await writer.message()
-    assert (message.status, message.error, message.usage) == (status, error, {"tokens": 7})
+    assert (message.status, message.error, message.usage) == (status, error, asdict(Usage(input_tokens=7)))
     assert (message.sequence, message.final_sequence, message.digest) == (2, 2, sha256("onetwo"))
     assert message.completed_at is not None
     context = await store.context(OWNER, writer.run.context_id)

@@ -43,6 +43,16 @@ async def filled(store, database_url):
 RUN = "INSERT INTO runs (id, context_id, message_id, status, attempt, created_at, ended_at) VALUES"
 CHUNK = "INSERT INTO chunks (message_id, sequence, kind, text, data) VALUES"
 SEGMENT = "INSERT INTO segments (message_id, last_sequence, first_sequence, format, body) VALUES"
+WAITING = (
+    "INSERT INTO waiting_runs"
+    " (run_id, context_id, message_id, reply_message_id, priority, follows_head, created_at) VALUES"
+)
+APPROVAL = (
+    "INSERT INTO approvals (id, run_id, call_id, tool, arguments, arguments_sha256, created_at, expires_at,"
+    " context_id, message_id, editable, status, edited_arguments, decided_at)"
+    " VALUES ('a', 'r', 'c', 'look', '[]', 'd', 1, 2,"
+)
+FILE = "INSERT INTO files (id, owner, name, media_type, size_bytes, sha256, created_at) VALUES"
 BROKEN = {
     # A context
     "ck_contexts_state_known": "UPDATE contexts SET state = 'dreaming', active_run_id = NULL WHERE id = :ended_context",
@@ -86,6 +96,22 @@ BROKEN = {
     "ck_runs_only_running_is_leased": "UPDATE runs SET lease_expires_at = :now WHERE id = :queued_run",
     "FOREIGN KEY, run's context": f"{RUN} ('r', 'nowhere', :ended, 'failed', 1, :now, :now)",
     "FOREIGN KEY, run's message": f"{RUN} ('r', :ended_context, 'nowhere', 'failed', 1, :now, :now)",
+    # A run that waits
+    "FOREIGN KEY, waiting run's context": f"{WAITING} ('w', 'nowhere', :ended, :queued, 1, true, :now)",
+    "FOREIGN KEY, waiting run's message": f"{WAITING} ('w', :ended_context, 'nowhere', :queued, 1, true, :now)",
+    "FOREIGN KEY, waiting run's reply": f"{WAITING} ('w', :ended_context, :ended, 'nowhere', 1, true, :now)",
+    # An approval
+    "ck_approvals_status_known": f"{APPROVAL} :running_context, :running, false, 'maybe', NULL, :now)",
+    "ck_approvals_decided_has_time": f"{APPROVAL} :running_context, :running, false, 'approved', NULL, NULL)",
+    "ck_approvals_decided_has_time, open": f"{APPROVAL} :running_context, :running, true, 'pending', NULL, :now)",
+    "ck_approvals_only_editable_is_edited": (f"{APPROVAL} :running_context, :running, false, 'approved', '[]', :now)"),
+    "ck_approvals_only_editable_is_edited, denied": (
+        f"{APPROVAL} :running_context, :running, true, 'denied', '[]', :now)"
+    ),
+    "FOREIGN KEY, approval's context": f"{APPROVAL} 'nowhere', :running, true, 'denied', NULL, :now)",
+    "FOREIGN KEY, approval's message": f"{APPROVAL} :running_context, 'nowhere', true, 'denied', NULL, :now)",
+    # A file
+    "ck_files_size_positive": f"{FILE} ('f', 'alice', 'a.txt', 'text/plain', -1, 'd', :now)",
 }
 
 

@@ -7,7 +7,7 @@ import pytest
 from context_server.errors import ContextNotFound, MessageNotFound, VersionMismatch
 from context_server.records import Mode, RunStatus, State
 from context_server.store import Store
-from context_server.store.conversations import Post
+from context_server.store.exchanges import Post
 from context_server.store.reading import Subscription
 from tests.store.writing import OWNER, STRANGER, claim, exchange, post, start
 

@@ -9,8 +9,8 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 
 from context_server.errors import DatabaseBusy, StorageBroken, StorageFull
 from context_server.store import Store
-from context_server.store.conversations import Post
 from context_server.store.dialects.sqlite import named_failure
+from context_server.store.exchanges import Post
 from tests.store.writing import OWNER, exchange, post, start
 
 CANARY = "xylophone"

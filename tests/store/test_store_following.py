@@ -11,7 +11,7 @@ from sqlalchemy.sql.expression import ClauseElement
 from context_server.errors import ContextNotFound, MessageNotFound, SequenceAhead
 from context_server.records import Chunk, ChunkKind, MessageStatus, Mode, Outcome, State
 from context_server.store import following_statements as statements
-from context_server.store.conversations import Post
+from context_server.store.exchanges import Post
 from context_server.store.following import Held, Since
 from tests.store.writing import OWNER, STRANGER, exchange, post, start
 

@@ -6,7 +6,7 @@ import pytest
 
 from context_server.errors import CommandNotAllowed, ContextNotFound, IdempotencyKeyReused
 from context_server.records import State
-from context_server.store.conversations import Post
+from context_server.store.exchanges import Post
 from context_server.store.idempotency import Once, Replayed
 from tests.store.writing import OWNER, STRANGER, claim, post
 

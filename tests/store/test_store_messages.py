@@ -12,7 +12,7 @@ from context_server.records import (
     State,
 )
 from context_server.storable import MAX_CHUNK_CHARACTERS
-from context_server.store.conversations import Post
+from context_server.store.exchanges import Post
 from context_server.store.reading import MAX_PAGE_CHUNKS
 from tests.store.writing import OWNER, call, claim, exchange, post, reasoning, result, sha256, start
 

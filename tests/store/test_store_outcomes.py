@@ -9,9 +9,9 @@ from context_server import runner
 from context_server.errors import DatabaseBusy, DatabaseUnreachable, OutcomeUnknown
 from context_server.records import ChunkKind, Delta, MessageStatus, Outcome
 from context_server.store import Store
-from context_server.store.conversations import Post
 from context_server.store.database import open_database
 from context_server.store.dialects import postgresql
+from context_server.store.exchanges import Post
 from context_server.store.execution import Lease
 from context_server.store.idempotency import Once, Replayed
 from tests.chaos.proxy import Proxy

@@ -181,12 +181,13 @@ async def test_an_orphaned_run_fails_as_interrupted_with_what_it_wrote(store, la
     transition = await store.expire_run(writer.run)
 
     message = await writer.message()
+    length = len(written) + writer.open_tools  # Each open call got a result that says that there is none.
     assert (message.status, message.error) == (MessageStatus.FAILED, INTERRUPTED)
     assert (message.content, message.digest) == (writer.text, sha256(writer.text))
-    assert message.sequence == message.final_sequence == len(written)
+    assert message.sequence == message.final_sequence == length
     assert (transition.state, transition.ended) == (
         State.FAILED,
-        EndedMessage(id=message.id, status=MessageStatus.FAILED, final_sequence=len(written)),
+        EndedMessage(id=message.id, status=MessageStatus.FAILED, final_sequence=length),
     )
     context = await store.context(OWNER, message.context_id)
     assert (context.state, context.version, context.active_run) == (State.FAILED, transition.version, None)

@@ -1,9 +1,7 @@
 """How the tests bring a store into a state: post, claim, write, end."""
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from context_server.records import (
     Append,
@@ -13,12 +11,14 @@ from context_server.records import (
     Failure,
     Message,
     Outcome,
+    Phase,
     Receipt,
     Run,
     Transition,
+    Usage,
 )
 from context_server.store import Store
-from context_server.store.conversations import Post
+from context_server.store.exchanges import Post
 
 OWNER = "alice"
 STRANGER = "mallory"
@@ -62,7 +62,7 @@ class Writer:
         *pieces: str | Chunk,
         outcome: Outcome | None = None,
         failure: Failure | None = None,
-        usage: Mapping[str, Any] | None = None,
+        usage: Usage | None = None,
     ) -> Append:
         """The append that adds the pieces and, with an ``outcome``, ends the run."""
         sequence = self.sequence
@@ -77,10 +77,10 @@ class Writer:
             self.size += chunk.size_bytes
             self.text += text or "" if kind is ChunkKind.TEXT else ""
             self.open_tools += {ChunkKind.TOOL_CALL: 1, ChunkKind.TOOL_RESULT: -1}.get(kind, 0)
-            phases.append((kind, self.open_tools))
+            phases.append(Phase(kind, self.open_tools))
         ending = None
         if outcome is not None:
-            ending = Ending(outcome=outcome, digest=sha256(self.text), failure=failure, usage=usage)
+            ending = Ending(outcome=outcome, digest=sha256(self.text), failure=failure)
         return Append(
             run=self.run,
             expected_sequence=sequence,
@@ -88,6 +88,7 @@ class Writer:
             content_bytes=self.size,
             phases=tuple(phases),
             ending=ending,
+            usage=usage,
         )
 
     async def write(

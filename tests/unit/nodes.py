@@ -22,7 +22,7 @@ from context_server.records import ChunkKind, Delta, Outcome, Page, Receipt, Run
 from context_server.relay import Relay, RelayLimits
 from context_server.reply import OpenReply
 from context_server.store import Store
-from context_server.store.conversations import Post
+from context_server.store.exchanges import Post
 from context_server.store.reading import Subscription
 from tests.unit.rooms import DEADLINE_SECONDS, OWNER, ledger_limits
 
@@ -233,4 +233,6 @@ async def _open_node(stack: AsyncExitStack, store: Store, wire: Wire, limits: Re
     relay = await stack.enter_async_context(Relay(store, hub, recent, bus, metrics, limits))
     ledger = await stack.enter_async_context(Ledger(store, hub, recent, metrics, ledger_limits()))
     reader = Reader(store, recent, metrics, max_page_bytes=1_048_576, relay=relay)
-    return Node(store, bus, hub, recent, metrics, relay, ledger, reader, Commands(store, recent, hub, bus))
+    return Node(
+        store, bus, hub, recent, metrics, relay, ledger, reader, Commands(store, recent, hub, bus, max_waiting=20)
+    )

@@ -10,6 +10,7 @@ from typing import Any
 from context_server.agents import Agent
 from context_server.bus import Bus, InProcessBus
 from context_server.commands import Commands
+from context_server.driver import Driver, RunLimits
 from context_server.hub import Hub
 from context_server.ledger import Ledger, LedgerLimits
 from context_server.mailbox import Pacing
@@ -20,7 +21,7 @@ from context_server.records import ChunkKind, Message, Receipt, Run
 from context_server.reply import OpenReply
 from context_server.runner import Runner, RunnerLimits
 from context_server.store import Store
-from context_server.store.conversations import Post
+from context_server.store.exchanges import Post
 from context_server.store.execution import Lease
 
 OWNER = "local"
@@ -118,11 +119,15 @@ def runner_limits(**changes: Any) -> RunnerLimits:
     return RunnerLimits(
         **{
             "max_active_runs": 1000,
-            "max_history_bytes": 4_194_304,
             "cancel_grace": 0.2,
         }
         | changes
     )
+
+
+def run_limits(**changes: Any) -> RunLimits:
+    """Bounds of a run: none but that of its history."""
+    return RunLimits(**{"max_history_bytes": 4_194_304} | changes)
 
 
 @asynccontextmanager
@@ -135,6 +140,7 @@ async def open_rooms(
     bus: Bus | None = None,
     ledger: LedgerLimits | None = None,
     runner: RunnerLimits | None = None,
+    run: RunLimits | None = None,
     lease: Lease | None = None,
 ) -> AsyncIterator[Rooms]:
     """The rooms on ``folder``'s database, or another. Without an agent no runner runs, and the test is the writer."""
@@ -146,12 +152,13 @@ async def open_rooms(
         recent = RecentChunks(recent_bytes, metrics)
         writer = await stack.enter_async_context(Ledger(store, hub, recent, metrics, ledger or ledger_limits()))
         bus = bus or InProcessBus()
-        commands = Commands(store, recent, hub, bus)
-        driver = Runner(store, writer, hub, bus, agent or _nobody, metrics, runner or runner_limits())
+        commands = Commands(store, recent, hub, bus, max_waiting=20)
+        driver = Driver(store, writer, hub, agent or _nobody, run or run_limits(), None)
+        runner_room = Runner(store, writer, hub, bus, driver, metrics, runner or runner_limits())
         if agent is not None:
-            await stack.enter_async_context(driver)
+            await stack.enter_async_context(runner_room)
         reader = Reader(store, recent, metrics, max_page_bytes=1_048_576)
-        yield Rooms(store, hub, recent, writer, reader, metrics, commands, driver)
+        yield Rooms(store, hub, recent, writer, reader, metrics, commands, runner_room)
 
 
 def _nobody(_history: Any, _run: Any) -> Any:

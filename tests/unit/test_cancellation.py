@@ -23,11 +23,12 @@ from context_server.ledger import Ledger, LedgerLimits
 from context_server.mailbox import Pacing
 from context_server.metrics import Metrics
 from context_server.recent import RecentChunks
-from context_server.records import ChunkKind, Delta, Outcome
+from context_server.records import Approval, ChunkKind, Delta, IfBusy, Outcome, Receipt
 from context_server.store import Store
-from context_server.store.conversations import Post
+from context_server.store.exchanges import Post
 from context_server.store.idempotency import Once
 from context_server.store.reading import Subscription
+from tests.store.asking import APPROVE, request, suspend, suspended
 from tests.store.writing import OWNER, Writer, claim, exchange, post
 
 PENDING_BYTES = 65_536
@@ -36,9 +37,12 @@ TABLES = {
     "messages": "rowid",
     "chunks": "(SELECT rowid FROM messages WHERE id = message_id), sequence",
     "runs": "rowid",
+    "waiting_runs": "rowid",
+    "approvals": "rowid",
     "idempotency_keys": "key",
 }
 """Each table, and the order in which its rows were made."""
+_TIME = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]+Z")
 _UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
@@ -112,6 +116,8 @@ class Scene:
     idle: str
     queued: str
     running: Writer
+    asked: Approval
+    waiting: Receipt
 
     def picture(self) -> list[tuple[Any, ...]]:
         """Everything in the database but times; ids by the order in which they appear."""
@@ -119,7 +125,7 @@ class Scene:
 
         def shown(value: Any) -> Any:
             if isinstance(value, str):
-                return _UUID.sub(lambda found: names.setdefault(found[0], f"#{len(names)}"), value)
+                return _UUID.sub(lambda found: names.setdefault(found[0], f"#{len(names)}"), _TIME.sub("", value))
             return None if isinstance(value, int) and value > 10**12 else value
 
         connection = sqlite3.connect(self.file)
@@ -136,7 +142,8 @@ class Scene:
         """The log of each message is 1 to its head, and an ended message is as long as it says."""
         connection = sqlite3.connect(self.file)
         try:
-            for message_id, head, final in connection.execute("SELECT id, sequence, final_sequence FROM messages"):
+            heads = "SELECT coalesce(content_id, id), sequence, final_sequence FROM messages"
+            for message_id, head, final in connection.execute(heads):
                 rows = connection.execute("SELECT sequence FROM chunks WHERE message_id = ? ORDER BY 1", (message_id,))
                 assert [number for (number,) in rows] == list(range(1, head + 1))
                 assert final in (None, head)
@@ -161,15 +168,34 @@ class Scene:
 async def scene(file: Path) -> AsyncIterator[Scene]:
     async with Store.open(f"sqlite:///{file}") as store:
         idle = (await exchange(store, "Hello", "One ", "two.")).run.context_id
+        _, (asked,) = await suspended(store)
         await post(store)
         running = await claim(store)
         await running.write("So ")
         queued = (await post(store)).context_id
-        yield Scene(store, file, idle, queued, running)
+        steering = await send(store, running.run.context_id, IfBusy.STEER)
+        assert steering.disposition is IfBusy.STEER
+        waiting = await send(store, queued, IfBusy.QUEUE)
+        yield Scene(store, file, idle, queued, running, asked, waiting)
+
+
+async def send(store: Store, context_id: str, if_busy: IfBusy) -> Receipt:
+    receipt, _ = await store.post_message(OWNER, context_id, Post(text="And?", if_busy=if_busy))
+    return receipt
 
 
 def once() -> Once[Any]:
     return Once(key="key", fingerprint="print", encode=lambda _: "answer", lifetime_ms=1000)
+
+
+def _reply_of(at: Scene) -> str:
+    """The reply of the idle context."""
+    connection = sqlite3.connect(at.file)
+    try:
+        rows = connection.execute("SELECT head_message_id FROM contexts WHERE id = ?", (at.idle,))
+        return str(rows.fetchone()[0])
+    finally:
+        connection.close()
 
 
 Operation = Callable[[Scene], Coroutine[Any, Any, Any]]
@@ -179,6 +205,20 @@ WRITES: dict[str, Operation] = {
     "change_context": lambda at: at.store.change_context(OWNER, at.idle, {"title": "New"}),
     "delete_context": lambda at: at.store.delete_context(OWNER, at.idle),
     "post_message": lambda at: at.store.post_message(OWNER, at.idle, Post(text="Again"), once=once()),
+    "post that queues": lambda at: send(at.store, at.queued, IfBusy.QUEUE),
+    "post that steers": lambda at: send(at.store, at.running.run.context_id, IfBusy.STEER),
+    "post that interrupts a queued run": lambda at: send(at.store, at.queued, IfBusy.INTERRUPT),
+    "post that interrupts a running run": lambda at: send(at.store, at.running.run.context_id, IfBusy.INTERRUPT),
+    "remove_waiting": lambda at: at.store.suspension.remove_waiting(
+        OWNER, at.queued, at.waiting.message_id, if_match=None
+    ),
+    "look": lambda at: at.store.suspension.look(at.running.run),
+    "regenerate": lambda at: at.store.regenerate(OWNER, at.idle, _reply_of(at), once=once()),
+    "fork_context": lambda at: at.store.fork_context(OWNER, at.idle, _reply_of(at), title=None, once=once()),
+    "decide": lambda at: at.store.suspension.decide(OWNER, at.asked.context_id, at.asked.id, APPROVE, if_match=None),
+    "expire of what is not overdue": lambda at: at.store.suspension.expire(OWNER, at.asked.context_id),
+    "append that suspends": lambda at: suspend(at.running, request(at.running.run, 9)),
+    "cancel of a suspended run": lambda at: at.store.request_cancel(OWNER, at.asked.context_id),
     "cancel of a queued run": lambda at: at.store.request_cancel(OWNER, at.queued),
     "cancel of a running run": lambda at: at.store.request_cancel(OWNER, at.running.run.context_id),
     "claim_runs": lambda at: at.store.claim_runs(5),
@@ -194,6 +234,11 @@ READS: dict[str, Operation] = {
     "contexts": lambda at: at.store.contexts(OWNER),
     "message": lambda at: at.store.message(OWNER, at.running.run.context_id, at.running.run.message_id),
     "messages": lambda at: at.store.messages(OWNER, at.idle, include_content=True),
+    "messages of a tree": lambda at: at.store.messages(OWNER, at.idle, tree=True),
+    "approvals": lambda at: at.store.suspension.approvals(OWNER, at.asked.context_id, only_pending=True),
+    "waiting": lambda at: at.store.suspension.waiting(OWNER, at.queued),
+    "overdue": lambda at: at.store.suspension.overdue(10),
+    "draft": lambda at: at.store.draft(at.running.run),
     "page": lambda at: at.store.page(OWNER, at.running.run.context_id, at.running.run.message_id),
     "snapshots": lambda at: at.store.snapshots(OWNER, [Subscription(at.idle, 1), Subscription(at.queued, None)]),
     "followed_contexts": lambda at: at.store.followed_contexts(OWNER, recent=10, limit=10),

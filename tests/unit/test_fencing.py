@@ -4,7 +4,7 @@ import asyncio
 import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from context_server.metrics import Metrics
 from context_server.recent import RecentChunks
 from context_server.records import ChunkKind, Delta, Mode, Outcome, Run
 from context_server.store import Store
-from context_server.store.conversations import Post
+from context_server.store.exchanges import Post
 
 OWNER = "owner"
 
@@ -112,7 +112,7 @@ async def test_nothing_is_written_to_a_reply_that_has_ended(writers: Writers, ou
     with pytest.raises(Fenced):
         await writers.ledger.append(reply, text("late"))
     # Another writer of the same attempt, which does not know of the end.
-    other = writers.ledger.begin(run, on_fenced=writers.fenced.set, sequence=1)
+    other = writers.ledger.begin(replace(run, sequence=1), on_fenced=writers.fenced.set)
     if outcome is None:
         await writers.ledger.append(other, text("late"))
         await asyncio.wait_for(writers.fenced.wait(), 60)

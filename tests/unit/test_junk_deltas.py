@@ -2,7 +2,8 @@
 
 import pytest
 
-from context_server.records import ChunkKind, Delta
+from context_server.agents import AgentFailed
+from context_server.records import ApprovalRequest, ChunkKind, Delta, Suspend, Usage
 from tests.unit.rooms import open_rooms
 
 JUNK = [
@@ -14,6 +15,14 @@ JUNK = [
     Delta("unheard of", text="word"),
     {"no": "delta"},
     b"bytes",
+    Usage(input_tokens=float("nan")),
+    Usage(requests=-1),
+    Usage(estimated=None),
+    Suspend(()),
+    Suspend(("call",)),
+    Suspend((ApprovalRequest(call_id=5, tool="t", arguments={}),)),
+    Suspend((ApprovalRequest(call_id="c", tool="t", arguments={}, editable="yes"),)),
+    Suspend((ApprovalRequest(call_id="c", tool="t", arguments=[1]),)),
 ]
 
 
@@ -39,3 +48,17 @@ async def test_an_agent_that_would_end_the_process_fails_alone(tmp_path, leaving
 
     async with open_rooms(tmp_path, agent) as rooms:
         assert (await rooms.ended(await rooms.post())).error.code == "agent-error"
+
+
+@pytest.mark.parametrize(
+    ("code", "kept"), [("out-of-luck", "out-of-luck"), ("Not One!", "agent-error"), (7, "agent-error")]
+)
+async def test_a_failure_that_an_agent_names_is_stored_whatever_it_holds(tmp_path, code, kept):
+    async def agent(_history, _run):
+        yield "word"
+        raise AgentFailed(code, ValueError("x" * 5000))
+
+    async with open_rooms(tmp_path, agent) as rooms:
+        error = (await rooms.ended(await rooms.post())).error
+    assert error.code == kept
+    assert len(error.detail) == 2000

@@ -107,7 +107,7 @@ def test_an_operation_says_what_its_row_of_the_table_says(endpoint: Any) -> None
     assert {int(status) for status in operation["responses"]} - refused == endpoint.answers.keys()
     assert {*endpoint.problems, 421, 500} <= refused
     assert (403 in refused) == (endpoint.method != "GET")
-    assert ("requestBody" in operation) == (endpoint.body is not None)
+    assert ("requestBody" in operation) == (endpoint.body is not None or endpoint.takes_file)
     if endpoint.body is not None:
         assert operation["requestBody"]["required"] == (not endpoint.body_optional)
 
@@ -162,9 +162,27 @@ def test_what_a_pull_writes_is_what_the_schema_says(page: Page, view: str) -> No
 
 
 REPLY = {"context_id": "c", "message_id": "m"}
+INLINE = (
+    "RunStarted",
+    "TextDelta",
+    "ReasoningDelta",
+    "ToolCallStarted",
+    "ToolCallFinished",
+    "Step",
+    "ApprovalRequested",
+    "ErrorReported",
+    "ReplyFailed",
+    "RunFinished",
+)
 SIGNALS: dict[str, records.Signal] = {
     "StateChanged": records.StateChanged(
-        context_id="c", new_state=State.IDLE, previous_state=None, version=2, run_id=None, timestamp=NOW
+        context_id="c",
+        new_state=State.CALLING_TOOL,
+        previous_state=None,
+        version=2,
+        run_id=None,
+        timestamp=NOW,
+        tool="look",
     ),
     "ContentDelta": records.ContentDelta(**REPLY, current_sequence=3, timestamp=NOW),
     "MessageCompleted": records.MessageCompleted(
@@ -184,16 +202,21 @@ def test_signals_are_written_as_their_schemas_say(component: str) -> None:
     assert written.keys() == DOCUMENT["components"]["schemas"][component]["properties"].keys()
 
 
-def test_heartbeat_goodbye_and_chunks_are_written_as_their_schemas_say() -> None:
+def test_heartbeat_and_goodbye_are_written_as_their_schemas_say() -> None:
     assert violations("Heartbeat", signals.heartbeat_fields([("c", "m", 3)])) == []
     assert violations("Goodbye", signals.goodbye_fields(700)) == []
-    for chunk in (TEXT, CALL):
-        assert violations("InlineSignal", {"type": "chunk", **schemas.chunk_body(chunk)}) == []
-    assert violations("InlineSignal", {"type": "chunk", "sequence": 1}) != []
+
+
+@pytest.mark.parametrize("name", INLINE)
+def test_the_example_of_an_inline_event_is_one_and_no_signal_and_of_no_dialect(name: str) -> None:
+    assert violations("InlineSignal", MODELS[name]) == []
+    assert violations("InlineSignal", {"type": MODELS[name]["type"]}) != []
+    assert violations("Signal", MODELS[name]) != []
+    assert violations("DialectData", MODELS[name]) != []
 
 
 def test_a_signal_with_text_would_not_fit() -> None:
-    assert violations("Signal", {"type": "chunk", "sequence": 1, "kind": "text", "text": "canary"}) != []
+    assert violations("Signal", {"type": "text_delta", "sequence": 1, "text": "canary"}) != []
 
 
 class _Page(HTMLParser):
@@ -228,7 +251,7 @@ def test_the_page_shows_every_operation_code_and_event() -> None:
         assert re.sub(r"({\w+})", r"<var>\1</var>", path) in PAGE
     for code in DOCUMENT["components"]["schemas"]["Problem"]["x-codes"]:
         assert f"problem-{code}" in page.anchors
-    assert {f"event-{name}" for name in (*SIGNALS, "Heartbeat", "Goodbye", "MessageAccepted")} <= set(page.anchors)
+    assert {f"event-{name}" for name in (*SIGNALS, *INLINE, "Heartbeat", "Goodbye")} <= set(page.anchors)
 
 
 def test_the_page_loads_nothing_and_its_links_lead_somewhere() -> None:

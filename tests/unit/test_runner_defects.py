@@ -53,3 +53,17 @@ async def test_the_end_of_the_rooms_is_no_defect(tmp_path, capsys):
     assert broken == []
     assert all(task.cancelled() for task in rooms.runner._keeper)
     assert "task_failed" not in capsys.readouterr().out
+
+
+async def test_a_defect_in_seeing_a_run_through_ends_its_reply(tmp_path, monkeypatch, capsys):
+    def broken(*_: object) -> None:
+        raise ValueError("what nobody has thought of")
+
+    async with gate_rooms(tmp_path) as (rooms, gate):
+        monkeypatch.setattr(rooms.runner, "_verdict", broken)
+        receipt = await rooms.post()
+        gate.open.set()
+        message = await rooms.ended(receipt)
+        assert message.error is not None
+        assert message.error.code == "agent-error"
+    assert "run_supervision_failed" in capsys.readouterr().out

@@ -11,7 +11,7 @@ from context_server.bus import CancelRequested, InProcessBus, RunDeleted, RunQue
 from context_server.errors import DatabaseBusy, ShuttingDown
 from context_server.records import MessageStatus
 from context_server.store import Store
-from context_server.store.conversations import Post
+from context_server.store.exchanges import Post
 from tests.unit.gate import gate_rooms
 from tests.unit.rooms import OWNER, open_rooms, runner_limits, until
 

@@ -51,10 +51,20 @@ def test_an_argument_beats_its_variable_and_an_empty_variable_is_none(monkeypatc
 def test_lists_are_written_with_commas(monkeypatch):
     monkeypatch.setenv("CONTEXT_SERVER_ALLOWED_HOSTS", "example.org, 10.0.0.1 ,,")
     monkeypatch.setenv("CONTEXT_SERVER_CORS_ORIGINS", "http://localhost:5173,https://example.org")
+    monkeypatch.setenv("CONTEXT_SERVER_MCP", "http://127.0.0.1:9000/mcp,python3 tools.py")
     settings = Settings()
+    assert settings.mcp == ("http://127.0.0.1:9000/mcp", "python3 tools.py")
     assert settings.allowed_hosts == ("example.org", "10.0.0.1")
     assert settings.cors_origins == ("http://localhost:5173", "https://example.org")
     assert Settings(allowed_hosts=("a", "b")).allowed_hosts == ("a", "b")
+
+
+def test_types_of_files_are_patterns(monkeypatch):
+    monkeypatch.setenv("CONTEXT_SERVER_FILE_TYPES", "image/*, application/pdf,*/*,application/vnd.api+json")
+    assert Settings().file_types == ("image/*", "application/pdf", "*/*", "application/vnd.api+json")
+    for wrong in ("image", "Image/png", "image/png; q=1", "a/b/c", "/", "image/[a-z]"):
+        with pytest.raises(ValidationError):
+            Settings(file_types=(wrong,))
 
 
 @pytest.mark.scenario("operations", "Wrong setting")

@@ -1,5 +1,6 @@
 """``--agent``: the built-in names, ``module:name``, and what cannot be loaded."""
 
+import subprocess
 import sys
 
 import pytest
@@ -76,3 +77,8 @@ def test_what_cannot_be_loaded_is_refused_in_one_line(module, source, name, comp
     with pytest.raises(AgentNotLoadable, match=complaint) as refusal:
         load_agent(name)
     assert "\n" not in str(refusal.value)
+
+
+def test_the_library_of_models_is_imported_only_when_it_is_chosen():
+    program = "import sys, context_server.__main__, context_server.agents.demo; sys.exit('pydantic_ai' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
