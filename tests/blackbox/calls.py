@@ -63,8 +63,10 @@ class Calls:
         assert answer.status == 201, answer
         return str(answer.json["id"])
 
-    def send(self, context_id: str, text: str, **options: Any) -> Answer:
-        body = {"payload": {"type": "text", "content": text, "display": None}, "client_metadata": {}}
+    def send(self, context_id: str, text: str, *, fields: Mapping[str, Any] | None = None, **options: Any) -> Answer:
+        """Posts a message, with further ``fields`` of the body such as ``if_busy``."""
+        payload = {"type": "text", "content": text, "display": None}
+        body = {"payload": payload, "client_metadata": {}} | dict(fields or {})
         return self.call("POST", f"/contexts/{context_id}/messages", body, **options)
 
     def post(self, context_id: str, text: str) -> dict[str, Any]:
@@ -73,9 +75,32 @@ class Calls:
         assert answer.status == 202, answer
         return dict(answer.json)
 
-    def run(self, context_id: str, *steps: list[Any]) -> dict[str, Any]:
+    def run(self, context_id: str, *steps: list[Any], **fields: Any) -> dict[str, Any]:
         """Has the scripted agent do ``steps``."""
-        return self.post(context_id, script(*steps))
+        answer = self.send(context_id, script(*steps), fields=fields)
+        assert answer.status == 202, answer
+        return dict(answer.json)
+
+    def approvals(self, context_id: str, status: str = "pending") -> list[dict[str, Any]]:
+        return list(self._get(f"/contexts/{context_id}/approvals?status={status}")["items"])
+
+    def decide(self, context_id: str, approval_id: str, decision: str, **fields: Any) -> Answer:
+        """Approves or denies; any answer."""
+        body = {"decision": decision, **fields}
+        return self.call("POST", f"/contexts/{context_id}/approvals/{approval_id}", body)
+
+    def queue(self, context_id: str) -> list[dict[str, Any]]:
+        return list(self._get(f"/contexts/{context_id}/queue")["items"])
+
+    def regenerate(self, context_id: str, message_id: str) -> dict[str, Any]:
+        answer = self.call("POST", f"/contexts/{context_id}/messages/{message_id}/regenerate")
+        assert answer.status == 202, answer
+        return dict(answer.json)
+
+    def fork(self, context_id: str, message_id: str) -> str:
+        answer = self.call("POST", f"/contexts/{context_id}/fork", {"message_id": message_id})
+        assert answer.status == 201, answer
+        return str(answer.json["id"])
 
     def cancel(self, context_id: str) -> dict[str, Any]:
         answer = self.call("POST", f"/contexts/{context_id}/cancel")
@@ -115,9 +140,12 @@ class Calls:
             path += ("&" if "?" in path else "?") + named
         return EventStream(self.server.port, path, headers or {})
 
-    def inline(self, context_id: str, message_id: str) -> EventStream:
+    def inline(
+        self, context_id: str, message_id: str, *, headers: Mapping[str, str] | None = None, **query: Any
+    ) -> EventStream:
         """The inline view of a message, to be entered."""
-        return EventStream(self.server.port, f"/contexts/{context_id}/messages/{message_id}/events")
+        path = f"/contexts/{context_id}/messages/{message_id}/events{_query(query)}"
+        return EventStream(self.server.port, path, headers or {})
 
     def ended(self, context_id: str, message_id: str) -> dict[str, Any]:
         """The message once it has ended: a chain of waiting pulls."""

@@ -12,20 +12,82 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
-from context_server.agents import AgentRun
-from context_server.records import ChunkKind, Delta, Turn
+from context_server.agents import AgentFailed, AgentRun
+from context_server.agents.protocol import Yielded
+from context_server.records import ApprovalRequest, ApprovalStatus, ChunkKind, Delta, Role, Suspend, Turn, Usage
 
 UNCLEAN_TEXT = "nul \x00, surrogate \ud800, pair \U0001f600 "
 """What an agent may yield though no database or encoder takes it."""
 RUBBISH: dict[str, Any] = {"number": 7, "none": None, "bytes": b"text", "list": ["text"]}
 
 
-async def scripted(history: Sequence[Turn], run: AgentRun) -> AsyncIterator[Delta | str]:
-    """Do the steps of the last message, in order."""
-    for verb, *arguments in json.loads(history[-1].text):
+async def scripted(history: Sequence[Turn], run: AgentRun) -> AsyncIterator[Yielded]:
+    """Do the steps of the last message that is such a list, in order; after an ``approve``, those behind it."""
+    asked = [turn for turn in history if turn.role is Role.USER and not turn.steers]
+    steps = json.loads(asked[-1].text)
+    if run.reply is not None:
+        asked_for = sum("approval" in (chunk.data or {}) for chunk in run.reply.chunks)
+        for result in _decided(run):
+            yield result
+        while asked_for:
+            verb, *arguments = steps.pop(0)
+            asked_for -= len(arguments) if verb == "approve" else 0
+    for verb, *arguments in steps:
+        if verb in ("look", "history"):
+            yield await _look(run) if verb == "look" else json.dumps([turn.text for turn in history])
+            continue
         async with aclosing(_STEPS[verb](*arguments)) as deltas:
             async for delta in deltas:
                 yield delta
+
+
+def _decided(run: AgentRun) -> list[Delta]:
+    """What the approved tool does: it says with which arguments it was called, in a file too; a denied one does not."""
+    results = []
+    closed = {chunk.data["id"] for chunk in run.reply.chunks if chunk.kind is ChunkKind.TOOL_RESULT}
+    for call_id, approval in run.approvals.items():
+        if call_id in closed:
+            continue
+        status, result = "denied", approval.note
+        if approval.status is ApprovalStatus.APPROVED:
+            status, result = "ok", dict(approval.final_arguments)
+            with Path(f"called-{run.context_id}").open("a") as file:
+                file.write(f"{approval.id}\n")
+        data = {"id": call_id, "status": status, "result": result, "seconds": 0.0}
+        results.append(Delta(ChunkKind.TOOL_RESULT, None, data))
+    return results
+
+
+async def _look(run: AgentRun) -> Delta:
+    """How the context stands at this step: a step, with what was said meanwhile."""
+    look = await run.look()
+    said = [turn.text for turn in look.steering]
+    ids = [turn.message_id for turn in look.steering]
+    return Delta(ChunkKind.STEP, None, {"number": 1, "mode": look.mode, "messages": ids, "said": said})
+
+
+async def _approve(*calls: dict[str, Any]) -> AsyncGenerator[Suspend, None]:
+    """Asks for approval of calls, each ``{id, tool, arguments, editable?}``."""
+    yield Suspend(
+        tuple(
+            ApprovalRequest(
+                call_id=call["id"],
+                tool=call["tool"],
+                arguments=call["arguments"],
+                editable=call.get("editable", False),
+            )
+            for call in calls
+        )
+    )
+
+
+async def _usage(numbers: dict[str, Any]) -> AsyncGenerator[Usage, None]:
+    yield Usage(**numbers)
+
+
+async def _give_up(code: str, detail: str) -> AsyncGenerator[str, None]:
+    raise AgentFailed(code, detail)
+    yield
 
 
 async def _text(*words: str) -> AsyncGenerator[str, None]:
@@ -128,6 +190,9 @@ async def _flood(count: int, size: int, progress: str) -> AsyncGenerator[str, No
 
 
 _STEPS: dict[str, Callable[..., AsyncGenerator[Any, None]]] = {
+    "approve": _approve,
+    "give_up": _give_up,
+    "usage": _usage,
     "text": _text,
     "textual": _textual,
     "data": _data,
