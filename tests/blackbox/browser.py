@@ -1,4 +1,4 @@
-"""A real browser on the page of ``seed_frontend.js``, which is served from another origin than the server's."""
+"""A real browser on the pages of simple frontends, which are served from another origin than the server's."""
 
 import functools
 import http.server
@@ -108,10 +108,12 @@ def served() -> Iterator[Page]:
 
 
 @contextmanager
-def opened(browser: str, page: Page, directory: Path, calls: Calls, **parameters: Any) -> Iterator[None]:
+def opened(
+    browser: str, page: Page, directory: Path, calls: Calls, *, document: str = "seed_frontend.html", **parameters: Any
+) -> Iterator[None]:
     """The page in a browser of its own, with the parameters in its query."""
     query = urlencode({"api": calls.server.url, **parameters}, doseq=True)
-    url = f"{page.origin}/seed_frontend.html?{query}"
+    url = f"{page.origin}/{document}?{query}"
     with (directory / "browser.log").open("ab") as log:
         process = subprocess.Popen(
             [browser, *FLAGS, f"--user-data-dir={directory / 'browser'}", url],
