@@ -1,280 +1,168 @@
-"""The conversation itself: sends what is typed, shows what is replied, until the person leaves."""
+"""The conversation itself: sends what is said, and shows what is replied."""
 
 import asyncio
 import contextlib
-import io
-import os
-import signal
-import sys
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from types import EllipsisType
 
-from rich.console import Console
-
-from context_server.chat.display import Display, PlainDisplay, TerminalDisplay
+from context_server.chat.asking import Asker
+from context_server.chat.display import Display
 from context_server.chat.keyboard import Keyboard
+from context_server.chat.reply import STATES, ShownReply
+from context_server.chat.wording import ending, short
 from context_server.client import (
     ClientError,
+    CommandCarriedOut,
     ContextClient,
     ContextInfo,
     MessageInfo,
     NotAllowedError,
-    NotFoundError,
+    Posted,
     ProblemError,
-    ReplyCancelled,
-    ReplyFailed,
-    Signal,
-    TransportError,
 )
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
-HELP = """\
-/new      begin a new context
-/cancel   cancel what runs in this context, for another client perhaps
-/help     show this list
-/quit     leave, as Ctrl-D and Ctrl-C do
-//text    send a message that begins with a slash
-Ctrl-C while a reply is being written cancels the reply."""
-
-STATES = {
-    "queued": "waiting for its turn",
-    "thinking": "thinking…",
-    "streaming": "writing…",
-    "calling_tool": "calling a tool…",
-    "awaiting_approval": "waiting for an approval",
-    "cancelling": "cancelling…",
-}
-
-
-def run_chat(url: str, context_id: str | None) -> int:
-    """Talks in a new context, or in ``context_id``, until the person leaves.
-
-    The exit code: 0, or 1 when there is no server, no such context, or the server is lost for good.
-    """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # A terminal that cannot show a character must not end the chat.
-    interactive = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
-    console = Console(highlight=False)
-    display: Display = TerminalDisplay(console) if interactive and not console.is_dumb_terminal else PlainDisplay()
-    keyboard = Keyboard(interactive)
-    try:
-        with keyboard.restored():
-            return asyncio.run(_chat(url, context_id, display, keyboard))
-    except KeyboardInterrupt:  # Before the conversation had begun to listen for it.
-        return 130
-    except BrokenPipeError:  # The reader of our output has gone; Python would complain once more when it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-
-
-async def _chat(url: str, context_id: str | None, display: Display, keyboard: Keyboard) -> int:
-    try:
-        async with ContextClient(url, retry_seconds=0) as first:  # Whoever mistyped the address is told at once.
-            context = await (first.create_context() if context_id is None else first.get_context(context_id))
-    except (ClientError, ValueError) as error:
-        display.notice(_refusal(url, context_id, error))
-        return 1
-    async with ContextClient(url) as client:
-        conversation = Conversation(client, url, context, display, keyboard)
-        try:
-            await conversation.run(resumed=context_id is not None)
-        except ClientError as error:
-            display.notice(f"Lost: {error}. {conversation.how_to_resume}")
-            return 1
-    display.notice(f"Bye. {conversation.how_to_resume}")
-    return 0
-
 
 class Conversation:
-    """A person and a context. Raises ``ClientError`` when the server stays away."""
+    """A person and a context. Raises ``ClientError`` when the server stays away, ``Leaving`` when the person goes."""
 
     def __init__(
         self, client: ContextClient, url: str, context: ContextInfo, display: Display, keyboard: Keyboard
     ) -> None:
-        self._client = client
+        self.client = client
+        self.context_id = context.id
+        self.display = display
+        self.keyboard = keyboard
+        self.shows_reasoning = True
         self._url = url
-        self._context_id = context.id
-        self._display = display
-        self._keyboard = keyboard
-        self._state = ""
-        self._replying = False
+        self._files: list[str] = []
+        self._is_replying = False
         self._posted = asyncio.Event()
         self._posted.set()
         self._cancelling: asyncio.Task[None] | None = None
-        self._leaving = False
 
     @property
     def how_to_resume(self) -> str:
         """The command that continues here."""
         where = "" if self._url.rstrip("/") == DEFAULT_URL else f" --url {self._url}"
-        return f"Resume with: context-server chat{where} --context {self._context_id}"
+        return f"Resume with: context-server chat{where} --context {self.context_id}"
 
-    async def run(self, resumed: bool) -> None:
-        """Shows what was said before, then talks until there is no more input, /quit or Ctrl-C."""
-        main = asyncio.current_task()
-        with contextlib.suppress(NotImplementedError):  # Windows: Ctrl-C raises KeyboardInterrupt there.
-            asyncio.get_running_loop().add_signal_handler(signal.SIGINT, self._interrupted, main)
-        try:
-            self._display.notice(f"Context {self._context_id}; /help lists what you can do. {self.how_to_resume}")
-            if resumed:
-                await self._show_history()
-            going_on = True
-            while going_on and (line := await self._keyboard.line()) is not None:
-                try:
-                    going_on = await self._obey(line.strip())
-                except ProblemError as error:
-                    self._display.notice(f"Refused: {error.detail}")
-        except asyncio.CancelledError:
-            if not self._leaving or main is None:
-                raise
-            main.uncancel()
+    def enter(self, context_id: str) -> None:
+        """Goes on in another context."""
+        self.context_id = context_id
+        self.display.notice(f"Context {context_id}. {self.how_to_resume}")
 
-    def _interrupted(self, main: asyncio.Task[Any] | None) -> None:
-        """Ctrl-C: at the prompt it leaves, during a reply it cancels it, and when that is not soon enough it leaves."""
-        if self._keyboard.abandon():
-            return
-        if self._replying and self._cancelling is None:
-            self._cancelling = asyncio.create_task(self._cancel())
-        elif main is not None:
-            self._leaving = True
-            main.cancel()
+    def attach(self, file_id: str) -> None:
+        """Adds an uploaded file to the next message."""
+        self._files.append(file_id)
 
-    async def _obey(self, line: str) -> bool:
-        """Does what a line says; False to leave."""
-        match line:
-            case "":
-                pass
-            case "/quit" | "/exit":
-                return False
-            case "/help":
-                self._display.notice(HELP)
-            case "/new":
-                self._context_id = (await self._client.create_context()).id
-                self._display.notice(f"Context {self._context_id}. {self.how_to_resume}")
-            case "/cancel":
-                await self._cancel()
-                state = (await self._client.get_context(self._context_id)).state
-                self._display.notice(f"The context is {state}.")
-            case _ if line.startswith("/") and not line.startswith("//"):
-                self._display.notice(f"There is no command {line.split()[0]}; /help lists them.")
-            case _:
-                await self._talk(line[1:] if line.startswith("//") else line)
-        return True
+    async def talk(
+        self,
+        text: str,
+        *,
+        parent_id: str | EllipsisType | None = ...,
+        if_busy: str | None = None,
+        files: Sequence[str] = (),
+    ) -> None:
+        """Posts a message, with the files that were attached, and shows its reply."""
 
-    async def _talk(self, text: str) -> None:
+        async def post() -> Posted:
+            attached = [*files, *self._files]
+            posted = await self.client.post(self.context_id, text, files=attached, parent_id=parent_id, if_busy=if_busy)
+            self._files.clear()
+            return posted
+
+        await self.exchange(post)
+
+    async def exchange(self, begin: Callable[[], Awaitable[Posted]]) -> None:
+        """Begins a reply, and shows it."""
         outcome = None
         async with self._reply():
-            self._display.status("sending…")
+            self.display.status("sending…")
             self._posted.clear()
             try:
-                posted = await self._client.post(self._context_id, text)
+                posted = await begin()
             except NotAllowedError as error:
-                outcome = f"Not sent: the context is {error.state}. Cancel that with /cancel, or wait."
+                outcome = (
+                    f"Not sent: the context is {error.state}. Cancel that with /cancel, "
+                    "have your message wait with /queue TEXT, or wait yourself."
+                )
+            except CommandCarriedOut as error:
+                outcome = error.answer.message
             except ProblemError as error:
                 outcome = f"Not sent: {error.detail}"
             else:
                 self._posted.set()
-                outcome = await self._attend(posted.reply_message_id, 0)
+                outcome = await self._attend(posted.reply_message_id)
         if outcome is not None:
-            self._display.notice(outcome)
+            self.display.notice(outcome)
+
+    async def show_history(self, from_message_id: str | None = None) -> None:
+        """Shows what was said before, or what of it is from a message on; a reply that is being written to its end."""
+        shown = from_message_id is None
+        for message in await self.client.list_messages(self.context_id):
+            shown = shown or message.id == from_message_id
+            if not shown:
+                continue
+            if message.role == "user":
+                self.display.said(await self._said(message))
+                continue
+            async with self._reply():
+                if message.sequence == message.final_sequence:
+                    self.display.write(message.content or "")
+                    outcome = ending(message)
+                else:
+                    outcome = await self._attend(message.id)
+            if outcome is not None:
+                self.display.notice(outcome)
+
+    async def cancel(self) -> None:
+        """Cancels what runs or waits."""
+        self.display.status(STATES["cancelling"])
+        await self._posted.wait()  # What is not yet there cannot be cancelled.
+        try:
+            await self.client.cancel(self.context_id)
+        except ClientError as error:
+            self.display.notice(f"Not cancelled: {error}")
+
+    def interrupt(self) -> bool:
+        """Cancels the reply that is shown, without waiting for that; False when there is none, or it was told so."""
+        if not self._is_replying or self._cancelling is not None:
+            return False
+        self._cancelling = asyncio.create_task(self.cancel())
+        return True
 
     @contextlib.asynccontextmanager
     async def _reply(self) -> AsyncIterator[None]:
-        """A reply is shown inside, and Ctrl-C cancels it."""
-        self._replying = True
+        """A reply is shown inside, and can be interrupted."""
+        self._is_replying = True
         try:
-            with self._keyboard.quiet(), self._display.reply():
+            with self.keyboard.quiet(), self.display.reply():
                 yield
         finally:
-            self._replying = False
+            self._is_replying = False
             self._posted.set()
             if self._cancelling is not None:
                 self._cancelling.cancel()
                 await asyncio.wait({self._cancelling})
                 self._cancelling = None
 
-    async def _attend(self, message_id: str, from_sequence: int) -> str | None:
-        """Shows a reply from there to its end; what is to be said about the end."""
-        pieces = self._client.follow(
-            self._context_id,
-            message_id,
-            from_sequence,
-            on_signal=self._signalled,
-            on_connection=self._connection_changed,
+    async def _attend(self, message_id: str) -> str | None:
+        """Shows a reply to its end; what is to be said about the end."""
+        asker = Asker(self.client, self._url, self.context_id, message_id, self.display, self.keyboard)
+        reply = ShownReply(
+            self.client, self.context_id, message_id, self.display, asker, shows_reasoning=self.shows_reasoning
         )
-        try:
-            async with contextlib.aclosing(pieces):
-                async for piece in pieces:
-                    self._display.write(piece)
-                    self._display.status(self._state)
-        except ReplyCancelled:
-            return "(cancelled)"
-        except ReplyFailed as error:
-            return _failure(error.code)
-        except TransportError:
-            raise
-        except ClientError as error:
-            return f"({error})"
-        return None
+        return await reply.show()
 
-    async def _cancel(self) -> None:
-        self._display.status(STATES["cancelling"])
-        await self._posted.wait()  # What is not yet there cannot be cancelled.
-        try:
-            await self._client.cancel(self._context_id)
-        except ClientError as error:
-            self._display.notice(f"Not cancelled: {error}")
-
-    async def _show_history(self) -> None:
-        for message in await self._client.list_messages(self._context_id):
-            if message.role == "user":
-                self._display.said(await self._whole_text(message))
-                continue
-            async with self._reply():
-                self._display.write(message.content or "")
-                outcome = _outcome(message)
-                if message.sequence != message.final_sequence:
-                    outcome = await self._attend(message.id, message.sequence)
-            if outcome is not None:
-                self._display.notice(outcome)
-
-    async def _whole_text(self, message: MessageInfo) -> str:
-        """A list cuts texts where its page is full."""
+    async def _said(self, message: MessageInfo) -> str:
+        """All that a user's message says; a list cuts texts where its page is full."""
         pieces = [message.content or ""]
         if message.sequence != message.final_sequence:
-            pieces += [piece async for piece in self._client.follow(self._context_id, message.id, message.sequence)]
+            pieces += [piece async for piece in self.client.follow(self.context_id, message.id, message.sequence)]
+        payload = message.payload or {}
+        if payload.get("type") == "workflow":
+            pieces.append(f"[the workflow {short(str(payload.get('name')))}]")
+        pieces += [f"\n[{short(str(file.get('name')))}]" for file in payload.get("files") or ()]
         return "".join(pieces)
-
-    def _signalled(self, told: Signal) -> None:
-        if told.type == "state_changed" and told.new_state is not None:
-            self._state = STATES.get(told.new_state, "")
-            self._display.status(self._state)
-
-    def _connection_changed(self, connected: bool) -> None:
-        if connected:
-            self._display.status(self._state)
-        else:
-            self._display.status("connection lost, resuming…", trouble=True)
-
-
-def _failure(code: str) -> str:
-    return f"(the reply failed: {code}; what was written is kept)"
-
-
-def _outcome(message: MessageInfo) -> str | None:
-    if message.status == "cancelled":
-        return "(cancelled)"
-    return _failure(str((message.error or {}).get("code", "unknown"))) if message.status == "failed" else None
-
-
-def _refusal(url: str, context_id: str | None, error: Exception) -> str:
-    match error:
-        case ProblemError(code="context-not-found") if isinstance(error, NotFoundError):
-            return f"There is no context {context_id} on {url}."
-        case ProblemError(status=404):
-            return f"There is no context server at {url}, but something else answers there."
-        case TransportError():
-            return f"There is no context server at {url}; start one with: context-server serve"
-        case _:
-            return f"{url} cannot be used: {error}"

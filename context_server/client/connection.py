@@ -13,19 +13,25 @@ from typing import Any
 import httpx2
 
 from context_server.client.errors import (
+    ApprovalDecidedError,
     NotAllowedError,
+    NotEditableError,
     NotFoundError,
     ProblemError,
+    QueueFullError,
     ServerUnreachable,
     TransportError,
     UnavailableError,
     UnexpectedAnswer,
 )
-from context_server.client.records import Signal, parse
+from context_server.client.parsing import parse
+from context_server.client.records import ApprovalInfo, Signal
 
 FIRST_BACKOFF_SECONDS = 0.1
 MAX_BACKOFF_SECONDS = 5.0
 CONNECT_SECONDS = 5.0
+
+Body = Mapping[str, Any] | bytes | None
 
 ConnectionListener = Callable[[bool], None]
 """Is told True when the signals are connected, and False when they break."""
@@ -92,14 +98,30 @@ def problem(response: httpx2.Response) -> ProblemError:
     match response.status_code:
         case 404:
             return NotFoundError(404, code, detail, extras)
-        case 409 if code == "command-not-allowed":
-            return NotAllowedError(409, code, detail, extras)
+        case 409:
+            return _conflict(code, detail, extras)
         case 429 | 502 | 503 | 504 | 507 as status:
             unavailable = UnavailableError(status, code, detail, extras)
             with contextlib.suppress(KeyError, ValueError):  # It may be absent, or a date: then our own pace holds.
                 unavailable.retry_after_seconds = max(0.0, float(response.headers["retry-after"]))
             return unavailable
     return ProblemError(response.status_code, code, detail, extras)
+
+
+def _conflict(code: str, detail: str, extras: Mapping[str, Any]) -> ProblemError:
+    match code:
+        case "command-not-allowed":
+            return NotAllowedError(409, code, detail, extras)
+        case "arguments-not-editable":
+            return NotEditableError(409, code, detail, extras)
+        case "queue-full":
+            return QueueFullError(409, code, detail, extras)
+        case "approval-decided":
+            decided = ApprovalDecidedError(409, code, detail, extras)
+            with contextlib.suppress(UnexpectedAnswer):
+                decided.approval = parse(ApprovalInfo, extras.get("approval"))
+            return decided
+    return ProblemError(409, code, detail, extras)
 
 
 class Connection:
@@ -116,19 +138,23 @@ class Connection:
         method: str,
         path: str,
         *,
-        body: Mapping[str, Any] | None = None,
+        body: Body = None,
         params: Mapping[str, Any] | None = None,
         headers: Mapping[str, str] | None = None,
         wait_seconds: float = 0.0,
+        as_bytes: bool = False,
     ) -> Any:
         """One request, answered within ``request_seconds`` besides ``wait_seconds``: decoded JSON, None for 204.
+
+        ``body`` is JSON, or bytes as they are. ``as_bytes`` gives the answer as it is.
 
         Raises:
             ProblemError: the server refused.
             TransportError: there was no answer, or one that is not JSON.
         """
         timeout = httpx2.Timeout(self._request_seconds + wait_seconds, connect=CONNECT_SECONDS)
-        content = None if body is None else json.dumps(body).encode()  # ASCII: a lone surrogate must not fail here.
+        # In ASCII: a lone surrogate must not fail here.
+        content = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         try:
             response = await self._http.request(
                 method,
@@ -142,8 +168,8 @@ class Connection:
             raise TransportError(_reason(error)) from error
         if not response.is_success:
             raise problem(response)
-        if response.status_code == httpx2.codes.NO_CONTENT:
-            return None
+        if as_bytes or response.status_code == httpx2.codes.NO_CONTENT:
+            return response.content if as_bytes else None
         try:
             return response.json()
         except ValueError as error:
@@ -155,10 +181,12 @@ class Connection:
         path: str,
         *,
         give_up_seconds: float,
-        body: Mapping[str, Any] | None = None,
+        body: Body = None,
         params: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
         idempotency_key: str | None = None,
         wait_seconds: float = 0.0,
+        as_bytes: bool = False,
     ) -> Any:
         """As ``attempt``, again and again until it goes through. Every POST has an idempotency key, the same each time.
 
@@ -166,12 +194,19 @@ class Connection:
             ProblemError: the server refused.
             ServerUnreachable, UnavailableError: it did not go through for ``give_up_seconds``.
         """
-        headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex} if method == "POST" else None
+        key = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex} if method == "POST" else {}
+        sent = key | dict(headers or {})
         patience = Patience(give_up_seconds)
         while True:
             try:
                 return await self.attempt(
-                    method, path, body=body, params=params, headers=headers, wait_seconds=wait_seconds
+                    method,
+                    path,
+                    body=body,
+                    params=params,
+                    headers=sent,
+                    wait_seconds=wait_seconds,
+                    as_bytes=as_bytes,
                 )
             except (TransportError, UnavailableError) as error:
                 await patience.bear(error)

@@ -4,12 +4,16 @@ ClientError
 ├── ProblemError              the server said no: status, code, detail, extras
 │   ├── NotFoundError         404
 │   ├── NotAllowedError       409 command-not-allowed: state, allowed_commands
+│   ├── ApprovalDecidedError  409 approval-decided: approval, which is the decision that stands
+│   ├── NotEditableError      409 arguments-not-editable
+│   ├── QueueFullError        409 queue-full
 │   └── UnavailableError      429, 502, 503, 504, 507: retry_after_seconds
 ├── TransportError            the connection broke
 │   ├── UnexpectedAnswer      an answer that the contract does not know, from a proxy perhaps
 │   └── ServerUnreachable     nothing went through for as long as the client is told to try
 ├── HistoryChanged            the log is not the one that was followed: drop what is held, start again at 0
 ├── IncompleteReply           the message ended, and the server has not all of it: held, final_sequence
+├── CommandCarriedOut         what was posted is a command of the server, which has answered it: answer
 ├── DigestMismatch            what was assembled is not what was written: expected, actual
 └── ReplyEnded                the message ended early; all its text was yielded before: message_id, sequence
     ├── ReplyFailed           code, detail
@@ -18,6 +22,8 @@ ClientError
 
 from collections.abc import Mapping
 from typing import Any
+
+from context_server.client.records import ApprovalInfo, CommandAnswer
 
 
 class ClientError(Exception):
@@ -36,7 +42,7 @@ class ProblemError(ClientError):
 
 
 class NotFoundError(ProblemError):
-    """There is no such context or message; it may have been deleted."""
+    """There is no such context, message, approval or file; it may have been deleted."""
 
 
 class NotAllowedError(ProblemError):
@@ -51,6 +57,21 @@ class NotAllowedError(ProblemError):
     def allowed_commands(self) -> tuple[str, ...]:
         """What that state allows."""
         return tuple(self.extras.get("allowed_commands", ()))
+
+
+class ApprovalDecidedError(ProblemError):
+    """Somebody has decided otherwise before, or it expired or was cancelled; ``approval`` is what stands."""
+
+    approval: ApprovalInfo | None = None
+    """None where the answer does not say."""
+
+
+class NotEditableError(ProblemError):
+    """The tool does not allow its arguments to be changed; nothing was decided."""
+
+
+class QueueFullError(ProblemError):
+    """As many messages wait in the context as may."""
 
 
 class UnavailableError(ProblemError):
@@ -90,6 +111,14 @@ class IncompleteReply(ClientError):
         self.final_sequence = final_sequence
 
 
+class CommandCarriedOut(ClientError):
+    """The message was a command, such as ``/help``: the server has carried it out, and posted nothing."""
+
+    def __init__(self, answer: CommandAnswer) -> None:
+        super().__init__("the message was a command of the server, and is answered")
+        self.answer = answer
+
+
 class DigestMismatch(ClientError):
     """The SHA-256 of the text that was assembled is not that of the text that was written."""
 
@@ -110,7 +139,7 @@ class ReplyEnded(ClientError):
 
 
 class ReplyFailed(ReplyEnded):
-    """The run failed; ``code`` is ``agent-error``, ``interrupted`` or ``reply-too-large``."""
+    """The run failed; ``code`` is one of those that docs/protocol.md lists, such as ``agent-error``."""
 
     def __init__(self, message_id: str, sequence: int, code: str, detail: str | None) -> None:
         super().__init__(message_id, sequence, f"failed with {code}" + (f" ({detail})" if detail else ""))
