@@ -20,9 +20,9 @@ from typing import Any
 import uvloop
 from sqlalchemy import create_engine
 
-from context_server.records import Append, Chunk, ChunkKind, MessageStatus, Mode, Role, Run, State, new_id
+from context_server.records import Append, Chunk, ChunkKind, MessageStatus, Mode, Phase, Role, Run, State, new_id
 from context_server.store import Store, tables
-from context_server.store.conversations import Post
+from context_server.store.exchanges import Post
 from tests.benchmarks import report
 from tests.benchmarks.server import pin
 
@@ -57,7 +57,7 @@ class Writer:
                     expected_sequence=self.sequence,
                     chunks=chunks,
                     content_bytes=len(WORD) * (self.sequence + count),
-                    phases=() if self.sequence else ((ChunkKind.TEXT, 0),),
+                    phases=() if self.sequence else (Phase(ChunkKind.TEXT),),
                 )
             ]
         )

@@ -3,13 +3,15 @@
     python -m tests.benchmarks.live --conversations 10,150,300 --rate 50 --seconds 20
     python -m tests.benchmarks.live --database sqlite,postgresql
     python -m tests.benchmarks.live --database postgresql --reader-elsewhere
+    python -m tests.benchmarks.live --agent metronome,engine --conversations 40,150
 
 Each conversation has one context, one subscriber and one connection for pulls; they start spread over a second. All
 words count, those of the start included, in which each conversation costs three requests and a claim on top; "steady"
 are the words written from two seconds after the last start on. Processor shares are of one core, in the middle of the
 run; "other CPU" is what neither server nor load used, on all cores: a row with much of it comes from a busy machine,
-and with PostgreSQL it is mostly that. With ``--reader-elsewhere`` clients post at one node, on the first core, and
-subscribe and pull at another, on the second; "server" is then the second.
+and with PostgreSQL it is mostly that. The agent ``engine`` is the metronome as a function model of Pydantic AI. With
+``--reader-elsewhere`` clients post at one node, on the first core, and subscribe and pull at another, on the second;
+"server" is then the second.
 """
 
 import argparse
@@ -28,8 +30,9 @@ from tests.benchmarks.server import HOST, LOG_TAIL, Metrics, Server, allow_descr
 from tests.databases import KINDS, new_database
 
 STAGGER_SECONDS = 1.0
+AGENTS = {"metronome": "metronome", "engine": "tests.benchmarks.engine_metronome:agent"}
 HEADER = (
-    "database", "conversations", "words", "p50 ms", "p90 ms", "p99 ms", "max ms", "steady p50 / p99 ms",
+    "database", "agent", "conversations", "words", "p50 ms", "p90 ms", "p99 ms", "max ms", "steady p50 / p99 ms",
     "lost / repeated / out of order", "server CPU", "load CPU", "other CPU", "commits/s", "ms per commit",
     "chunks per commit", "pulls/s memory + database", "signals/s", "merged/s",
 )  # fmt: skip
@@ -108,20 +111,20 @@ def _row(count: int, tally: Tally, window: Window) -> list[object]:
     ]
 
 
-def _run(database: str, count: int, options: argparse.Namespace, *, is_first: bool) -> list[object]:
+def _run(database: str, agent: str, count: int, options: argparse.Namespace, *, is_first: bool) -> list[object]:
     """One row, with a server and a database of its own."""
     with report.work_directory() as name, ExitStack() as stack:
         directory = Path(name)
         url = stack.enter_context(new_database(database, directory)) if database == "postgresql" else None
         if is_first:
             report.announce(report.command_line("live"), directory, *report.server_version(url))
-        writer = server = stack.enter_context(running(directory, database=url))
+        writer = server = stack.enter_context(running(directory, database=url, agent=AGENTS[agent]))
         if options.reader_elsewhere:
-            server = stack.enter_context(running(directory, database=url, core=1))
+            server = stack.enter_context(running(directory, database=url, agent=AGENTS[agent], core=1))
         tally, window = uvloop.run(_measure(server, writer, count, options.rate, options.seconds))
         if tally.faulty:
             print(server.log_text()[-LOG_TAIL:], file=sys.stderr)
-        return [database, *_row(count, tally, window)]
+        return [database, agent, *_row(count, tally, window)]
 
 
 def main() -> None:
@@ -131,16 +134,21 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=50, help="words a second of each")
     parser.add_argument("--seconds", type=float, default=20, help="length of each reply")
     parser.add_argument("--database", default="sqlite", help=f"where the log is kept: {', '.join(KINDS)}, or both")
+    parser.add_argument("--agent", default="metronome", help=f"what writes: {', '.join(AGENTS)}, or both")
     parser.add_argument("--reader-elsewhere", action="store_true", help="read at another node than the one that writes")
     options = parser.parse_args()
     databases = options.database.split(",")
     if unknown := set(databases) - set(KINDS):
         parser.error(f"unknown database {', '.join(sorted(unknown))}; known are {', '.join(KINDS)}")
+    agents = options.agent.split(",")
+    if unknown := set(agents) - set(AGENTS):
+        parser.error(f"unknown agent {', '.join(sorted(unknown))}; known are {', '.join(AGENTS)}")
     if options.reader_elsewhere and "sqlite" in databases:
         parser.error("--reader-elsewhere needs --database postgresql")
     counts = [int(count) for count in options.conversations.split(",")]
     allow_descriptors(4 * max(counts) + 100)
-    wanted = [(database, count) for count in counts for database in sorted(databases)]  # PostgreSQL's version first.
+    # PostgreSQL's version first.
+    wanted = [(database, agent, count) for count in counts for agent in agents for database in sorted(databases)]
     rows = [_run(*each, options, is_first=place == 0) for place, each in enumerate(wanted)]
     print(report.table(HEADER, rows))
 

@@ -151,16 +151,21 @@ def _wait_until_ready(server: Server) -> None:
 
 @contextlib.contextmanager
 def running(
-    directory: Path, environment: Mapping[str, str] | None = None, *, database: str | None = None, core: int = 0
+    directory: Path,
+    environment: Mapping[str, str] | None = None,
+    *,
+    database: str | None = None,
+    core: int = 0,
+    agent: str = "metronome",
 ) -> Iterator[Server]:
-    """A server on one core with the metronome and otherwise default settings, and this process on core 1.
+    """A server on one core with the metronome, or another agent, and else default settings; this process on core 1.
 
     ``CONTEXT_SERVER_…`` variables of the caller's environment hold, so that a setting can be tried without an edit.
     Without a ``database`` it stores in the directory, and a second server there finds what the first one stored.
     """
     port = free_port()
     log = directory / f"server-{port}.log"
-    command = [sys.executable, "-m", "context_server", "serve", "--agent", "metronome", "--log-format", "json"]
+    command = [sys.executable, "-m", "context_server", "serve", "--agent", agent, "--log-format", "json"]
     command += ["--host", HOST, "--port", str(port), "--database", database or str(directory / "bench.db")]
     pin(core)  # The child inherits it with all threads that it will ever start.
     with log.open("ab") as output:

@@ -11,8 +11,8 @@ from sqlalchemy import make_url
 
 from context_server.records import MessageStatus
 from context_server.store import Store
-from context_server.store.conversations import Post
 from context_server.store.dialects import postgresql
+from context_server.store.exchanges import Post
 from context_server.store.execution import INTERRUPTED, Lease
 from tests.databases import emptied_database
 from tests.unit.rooms import OWNER, open_rooms, until
