@@ -14,16 +14,19 @@ from typing import Any
 import click
 import pytest
 from annotated_types import Ge, Gt, Le
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from context_server import serving
 from context_server.__main__ import main, serve
 from context_server.api import events, problems, schemas, signals
+from context_server.api.dialects import DEFAULT, DIALECTS
 from context_server.api.routes import ENDPOINTS
 from context_server.machine import ALLOWED_COMMANDS, TRANSITIONS
 from context_server.metrics import Metrics
 from context_server.records import ChunkKind, State
 from context_server.settings import Settings
+from context_server.store.approvals import EXPIRED
 from tests.markdown import DOCS, ROOT, anchor, codes, headings, links, pages, prose, rows, sections
 
 
@@ -64,6 +67,8 @@ def facts_of(name: str, field: FieldInfo) -> str:
     """The line below the heading of a setting."""
     options = {parameter.name: parameter.opts[0] for parameter in serve.params}
     default = "empty" if field.default in ((), "") else f"`{field.default}`"
+    if isinstance(field.default, tuple) and field.default:
+        default = f"`{','.join(field.default)}`"  # As it is written in the variable.
     option = f"`{options[name]}`" if name in options else "none"
     return (
         f"Default: {default}. Bounds: {bounds_of(field)}. Variable: `CONTEXT_SERVER_{name.upper()}`. Option: {option}."
@@ -116,9 +121,22 @@ def test_the_problem_codes_are_those_of_the_code(protocol):
     assert sorted(documented) == sorted(known)
 
 
+def codes_of_the_engine() -> set[str]:
+    """The codes with which agents of Pydantic AI end replies."""
+    sources = [path.read_text() for path in (ROOT / "context_server" / "agents" / "engine").glob("*.py")]
+    return set(re.findall(r'"((?:model|tools?)-[a-z-]+)"', "".join(sources)))
+
+
 def test_the_codes_of_failed_replies_are_those_that_the_code_gives(protocol):
     given = {"agent-error", "interrupted", "reply-too-large"}
-    assert {codes(row[0])[0] for row in rows(starting(protocol, "9.2 "))} == given
+    documented = {codes(row[0])[0] for row in rows(starting(protocol, "9.2 "))}
+    names = ("driver.py", "agents/flow.py", "agents/workflows.py")
+    bounds = {
+        code
+        for name in names
+        for code in re.findall(r'AgentFailed\(\s*"([^"]+)"', (ROOT / "context_server" / name).read_text())
+    }
+    assert documented == given | codes_of_the_engine() | bounds | {EXPIRED.code}
     source = "".join((ROOT / "context_server" / name).read_text() for name in ("runner.py", "store/execution.py"))
     assert set(re.findall(r'Failure\(code="([^"]+)"', source)) | {"reply-too-large"} == given
 
@@ -152,16 +170,47 @@ def test_the_fields_of_signals_are_those_that_are_sent(protocol):
     assert documented == sent
 
 
+def test_the_inline_events_are_those_that_are_sent(protocol):
+    table = rows(starting(protocol, "6.1 "))
+    documented = [name for row in table for name in codes(row[0])]
+    assert list(dict.fromkeys(documented)) == [*DEFAULT.types, "heartbeat", "goodbye"]
+    fields = {(codes(row[0])[0], *(name.rstrip("?") for name in codes(row[1]))) for row in table[:-1]}
+    models = [model for model in typing.get_args(INLINE) if model not in (events.Heartbeat, events.Goodbye)]
+    assert fields == {(typing.get_args(kind["type"].annotation)[0], *list(kind)[1:]) for kind in map(fields_of, models)}
+
+
+INLINE = events.InlineSignal.model_fields["root"].annotation
+
+
+def fields_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    return model.model_fields
+
+
+@pytest.mark.parametrize("dialect", [dialect for dialect in DIALECTS.values() if dialect is not DEFAULT])
+def test_the_events_of_a_dialect_are_those_that_are_sent(dialect):
+    table = rows(starting(page("dialects.md"), f"{dialect.name}: "))
+    assert {codes(row[0])[0] for row in table} == {*dialect.types}
+    assert f"`{dialect.name}`" in starting(page("protocol.md"), "6.3 ") + starting(page("protocol.md"), "6.4 ")
+
+
 @pytest.mark.parametrize(
     ("section", "model"),
-    [("3.1 ", schemas.Context), ("3.2 ", schemas.Message), ("3.3 ", schemas.Posted), ("4. The pull", schemas.Content)],
+    [
+        ("3.1 ", schemas.Context),
+        ("3.2 ", schemas.Message),
+        ("3.3 ", schemas.Posted),
+        ("4. The pull", schemas.Content),
+        ("11.1 ", schemas.File),
+    ],
 )
 def test_the_fields_of_answers_are_those_of_the_schemas(protocol, section, model):
     text = (DOCS / "protocol.md").read_text(encoding="utf-8")
     title = next(title for title in protocol if title.startswith(section))
     body = text.partition(f" {title}\n")[2].partition("\n#")[0]
-    shapes = [set(re.findall(r'[{,]\s*"?([a-z_]+)"?(?=\s*[:,}])', shape)) for shape in re.findall(r"\{[^{}]*\}", body)]
-    optional = {"content", "chunks"} if model is schemas.Message else {"chunks"}
+    shapes = [
+        set(re.findall(r'[{,]\s*"?([a-z_0-9]+)"?(?=\s*[:,}])', shape)) for shape in re.findall(r"\{[^{}]*\}", body)
+    ]
+    optional = {"content", "chunks", "siblings"} if model is schemas.Message else {"chunks", "disposition"}
     assert set(model.model_fields) - optional in [
         shape - optional if model is schemas.Message else shape for shape in shapes
     ]
@@ -316,7 +365,7 @@ def test_the_glossary_explains_the_words_of_the_project():
     glossary = page("glossary.md")
     explained = " ".join(glossary).lower()
     for word in ("context", "message", "chunk", "segment", "delta", "sequence", "version", "signal", "pull", "wake-up",
-                 "run", "lease", "attempt", "agent", "owner", "epoch"):  # fmt: skip
+                 "run", "lease", "attempt", "agent", "owner", "epoch", "file"):  # fmt: skip
         assert re.search(rf"\b(a|an) {word}\b", explained), word
 
 

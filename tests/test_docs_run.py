@@ -22,8 +22,10 @@ from typing import Any
 import httpx2
 import pytest
 
+from context_server.chat.commands import COMMANDS
 from context_server.client import ContextClient
 from tests.markdown import DOCS, ROOT, Block, blocks
+from tests.model_server import ModelServer, call, say, whole
 from tests.ports import free_port
 from tests.server import Server
 
@@ -126,6 +128,13 @@ class Reader:
         self._servers.append(process)
         wait_until_ready(process, self.port)
 
+    def stop(self) -> None:
+        """Ends the server, as Ctrl-C would."""
+        for process in self._servers:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGINT)
+            process.wait(SECONDS)
+
     def type(self, commands: str) -> str:
         """Runs commands in the shell; what they print."""
         assert self._shell.stdin is not None
@@ -200,7 +209,7 @@ def test_the_commands_that_the_console_suggests_work_as_printed(reader):
     (create,) = re.findall(r"^ +(curl -s -X POST .*/contexts)$", printed, re.MULTILINE)
     context_id = json.loads(reader.type(create))["id"]
     (post,) = re.findall(r"^ +(curl -N -X POST(?:.*\\\n)*.*)$", printed, re.MULTILINE)
-    assert '"message_completed"' in reader.type(post.replace("<id>", context_id).replace("-N", "-sN"))
+    assert '"run_finished"' in reader.type(post.replace("<id>", context_id).replace("-N", "-sN"))
 
 
 # How-tos
@@ -285,6 +294,70 @@ def test_an_agent_is_tested_as_the_how_to_says(tmp_path):
     write_files("docs/how-to-write-an-agent.md", tmp_path)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "check_my_agent.py"], cwd=tmp_path, env=environment, check=True, timeout=SECONDS)
+
+
+def test_the_chat_is_used_as_the_how_to_says(reader):
+    write_files("docs/how-to-write-an-agent.md", reader.directory)
+    write_files("docs/how-to-chat.md", reader.directory)
+    steps = blocks_of("docs/how-to-chat.md")
+    for number, step in enumerate(steps):
+        if step.note == "server":
+            reader.serve(step.text)
+        elif step.language == "sh":
+            output = reader.type(step.text)
+            shown = steps[number + 1] if number + 1 < len(steps) else None
+            if shown is not None and shown.language == "text":
+                assert_printed(shown.text, output, step.text)
+
+
+def test_the_commands_of_the_chat_are_those_of_the_how_to():
+    text = (DOCS / "how-to-chat.md").read_text(encoding="utf-8").partition("## What you can type\n")[2]
+    table = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `/")]
+    documented = {name for cell in table for name in re.findall(r"`(/[a-z]+)", cell)}
+    assert documented == set(COMMANDS)
+
+
+LOCAL_MODEL = "127.0.0.1:11434"
+"""Where the how-to has a model; the tests put their own in its place."""
+
+
+def test_models_are_run_as_the_how_to_says(reader):
+    letter = {"to": "ada", "text": "It rains."}
+    with ModelServer() as model:
+        model.play(
+            whole(say("A context is ", "one conversation.")),
+            whole(call("list_letters", {}), why="tool_calls"),
+            whole(call("send_letter", letter), why="tool_calls"),
+            whole(say("I have sent it.")),
+        )
+        write_files("docs/how-to-run-models.md", reader.directory)
+        steps = blocks_of("docs/how-to-run-models.md")
+        for number, step in enumerate(steps):
+            text = step.text.replace(LOCAL_MODEL, f"127.0.0.1:{model.port}")
+            if step.note == "server":
+                reader.stop()
+                reader.serve(text)
+            elif step.language == "sh":
+                output = reader.type(text)
+                shown = steps[number + 1] if number + 1 < len(steps) else None
+                if shown is not None and shown.language == "text":
+                    assert_printed(shown.text, output, text)
+                else:
+                    assert int(output) > 0
+        assert [tool["function"]["name"] for tool in model.asked[1]["tools"]] == ["list_letters", "send_letter"]
+    assert (reader.directory / "ada.letter").read_text() == "It rains."
+
+
+async def test_what_an_agent_finds_in_its_deps_is_made_as_the_how_to_says(tmp_path):
+    write_files("docs/how-to-run-models.md", tmp_path)
+    with ModelServer() as model:
+        model.play(whole(call("who_asks", {}), why="tool_calls"), whole(say("Hello.")))
+        settings = {"agent": "deps_agent:agent", "model": "openai-chat:small", "model_url": model.url}
+        with Server(tmp_path, **settings) as server:
+            async with ContextClient(server.url) as client:
+                context = await client.create_context(metadata={"name": "Ada"})
+                assert "".join([piece async for piece in client.reply(context.id, "hello")]) == "Hello."
+        assert model.asked[1]["messages"][-1]["content"] == "Ada"
 
 
 # The frontend's modules

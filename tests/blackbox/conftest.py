@@ -4,11 +4,13 @@ Those of a module with ``DATABASES = KINDS`` are run with a server on each datab
 them is marked: ``@pytest.mark.only("sqlite")``.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.blackbox.browser import BROWSERS, Page, installed, served
 from tests.blackbox.calls import SCRIPTED
 from tests.server import DATABASE_VARIABLE, Server
 
@@ -54,3 +56,21 @@ def scripted(database_kind: str | None, tmp_path_factory: pytest.TempPathFactory
     """A server whose agent does what it is told, for all tests of a module on one database; nobody stops it."""
     with Server(tmp_path_factory.mktemp("scripted"), agent=SCRIPTED) as running:
         yield running
+
+
+@pytest.fixture
+def page() -> Iterator[Page]:
+    """The pages of simple frontends, on a port of their own."""
+    with served() as page:
+        yield page
+
+
+@pytest.fixture
+def browser() -> str:
+    """The program of a browser; without one the test is skipped, but not in CI."""
+    found = installed()
+    if found is not None:
+        return found
+    if os.environ.get("CI"):
+        pytest.fail(f"none of {', '.join(BROWSERS)} is installed")
+    pytest.skip(f"none of {', '.join(BROWSERS)} is installed")

@@ -62,7 +62,7 @@ def reads(ids: tuple[str, str]) -> list[str]:
     """Every call that takes query parameters."""
     context, message = f"/contexts/{ids[0]}", f"/contexts/{ids[0]}/messages/{ids[1]}"
     named = ("/contexts", context, f"{context}/messages", message)
-    return [*named, f"{message}/content", f"{message}/events", f"{context}/stream", "/stream"]
+    return [*named, f"{message}/content", f"{message}/events", f"{context}/stream", "/stream", "/files"]
 
 
 @pytest.mark.parametrize(
@@ -225,9 +225,13 @@ def test_a_wrong_method_is_told_the_right_ones(calls: Calls, ids: tuple[str, str
         f"{context}/cancel": "POST",
         f"{context}/stream": "GET",
         "/stream": "GET",
+        "/chat": "POST",
         message: "GET, HEAD",
         f"{message}/content": "GET, HEAD",
         f"{message}/events": "GET",
+        f"{message}/chunks/1": "GET, HEAD",
+        "/files": "GET, HEAD, POST",
+        "/files/1": "DELETE, GET, HEAD",
         "/machine": "GET, HEAD",
     }
     refused = 0

@@ -108,7 +108,7 @@ def test_serve_runs_in_an_empty_folder_and_says_what_to_try(tmp_path: Path) -> N
     assert (tmp_path / "context-server.db").exists()
     assert f"http://127.0.0.1:{port}/docs" in shown
     assert f"context-server chat --url http://127.0.0.1:{port}" in shown
-    assert '"type":"message_completed"' in events
+    assert '"type":"run_finished"' in events
     assert '"status":"completed"' in events
     assert beyond_loopback == [f"0100007F:{port:04X}"]
 

@@ -124,7 +124,9 @@ def test_deltas_merge_within_a_kind_and_keep_the_order_of_kinds(calls: Calls) ->
     before, after = [f"b{number} " for number in range(200)], [f"a{number} " for number in range(200)]
     call = {"id": "1", "name": "n", "arguments": {}}
     context_id = calls.create()
-    steps = [["text", *before], ["data", "tool_call", call], ["text", *after], ["textual", "reasoning", "x"]]
+    result = {"id": "1", "status": "ok", "result": None, "seconds": 0}
+    called = [["data", "tool_call", call], ["data", "tool_result", result]]
+    steps = [["text", *before], *called, ["text", *after], ["textual", "reasoning", "x"]]
     reply = calls.run(context_id, *steps)["reply_message_id"]
     calls.ended(context_id, reply)
     chunks = calls.chunks(context_id, reply)
@@ -132,8 +134,8 @@ def test_deltas_merge_within_a_kind_and_keep_the_order_of_kinds(calls: Calls) ->
     position = kinds.index("tool_call")
     assert len(chunks) < 100
     assert "".join(chunk["text"] for chunk in chunks[:position]) == "".join(before)
-    assert chunks[position]["data"] == call
-    assert "".join(chunk["text"] for chunk in chunks[position + 1 : -1]) == "".join(after)
+    assert [chunk["data"] for chunk in chunks[position : position + 2]] == [call, result]
+    assert "".join(chunk["text"] for chunk in chunks[position + 2 : -1]) == "".join(after)
     assert (kinds.count("tool_call"), kinds[-1], kinds.count("reasoning")) == (1, "reasoning", 1)
 
 
@@ -246,6 +248,7 @@ def test_messages_are_listed_oldest_first_and_read_whole(calls: Calls) -> None:
     assert all("content" not in message for message in listed)
     for message in listed:
         whole = calls.message(context_id, message["id"])
+        assert message.pop("siblings") == [message["id"]]
         assert {name: value for name, value in whole.items() if name != "content"} == message
         assert whole["content"] == text_of(calls, context_id, message["id"])
     assert [calls.message(context_id, id_)["content"] for id_ in expected[1::2]] == ["reply 0", "reply 1", "reply 2"]

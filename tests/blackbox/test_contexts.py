@@ -11,7 +11,7 @@ import pytest
 
 from context_server.records import Receipt
 from context_server.store import Store
-from context_server.store.conversations import Post
+from context_server.store.exchanges import Post
 from tests.blackbox.calls import SCRIPTED, Answer, Calls, eventually, faults, release, script
 from tests.blackbox.sse import EventStream
 from tests.blackbox.wire import UNKNOWN_ID, message_body, problem, rows, together, wheres
@@ -23,7 +23,8 @@ DATABASES = KINDS
 UUID7 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 FIELDS = {
-    "id", "epoch", "title", "mode", "state", "version", "head_message_id", "active_run", "allowed_commands", "metadata",
+    "id", "epoch", "title", "mode", "model", "state", "version", "head_message_id", "active_run", "allowed_commands",
+    "metadata",
     "created_at", "updated_at",
 }  # fmt: skip
 TRANSITIONS = """
@@ -82,6 +83,7 @@ def test_a_context_says_where_it_is_and_what_it_allows(calls: Calls) -> None:
     assert idle.headers["etag"] == f'"{idle.json["version"]}"'
     assert busy["allowed_commands"] == ["cancel"]
     expected = {"id": posted["run_id"], "message_id": posted["reply_message_id"], "status": "running", "attempt": 1}
+    expected |= {"tool": None}
     assert busy["active_run"] == expected
     assert busy["head_message_id"] == posted["reply_message_id"]
     assert busy["version"] > posted["version"] > idle.json["version"]
@@ -352,7 +354,7 @@ def test_a_post_inline_with_a_used_key_streams_the_same_reply(calls: Calls) -> N
         headers = {"Accept": "text/event-stream", **keyed(context_id)}
         path = f"/contexts/{context_id}/messages"
         with EventStream(calls.server.port, path, headers, method="POST", content=body) as stream:
-            texts.append([event.data.get("text") for event in stream.rest() if event.type == "chunk"])
+            texts.append([event.data.get("text") for event in stream.rest() if event.type == "text_delta"])
     assert texts == [["once"], ["once"]]
     assert len(calls.messages(context_id)) == 2
     assert json.loads(body)["payload"]["content"] == calls.messages(context_id)[0]["content"]

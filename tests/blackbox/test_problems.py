@@ -17,14 +17,19 @@ from tests.server import Server
 PROTOCOL = Path(__file__).resolve().parents[2] / "docs" / "protocol.md"
 ROW = re.compile(r"^\| (\d{3}) \| `([a-z-]+)` \|[^|]*\|([^|]*)\|$", re.MULTILINE)
 ELSEWHERE = {
+    "approval-decided",
+    "arguments-not-editable",
     "database-busy",
     "database-unreachable",
+    "files-unavailable",
     "outcome-unknown",
+    "range-not-satisfiable",
     "shutting-down",
     "storage-broken",
     "storage-full",
 }
-"""Caused in ``tests/chaos/test_storage.py``, ``test_database_away.py`` and ``test_shutdown.py``."""
+"""Caused in ``tests/chaos/test_storage.py``, ``test_database_away.py``, ``test_shutdown.py``, ``test_approvals.py`` and
+``test_files.py``."""
 MAX_BODY_BYTES = 4096
 UNKNOWN = "00000000-0000-7000-8000-000000000000"
 HEADER_SECONDS = 1.0
@@ -35,7 +40,12 @@ LET_GO_SECONDS = 60.0
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     directory = tmp_path_factory.mktemp("problems")
     running = Server(
-        directory, agent="tests.chaos.agents:scripted", max_streams=1, max_body_bytes=MAX_BODY_BYTES, log_format="json"
+        directory,
+        agent="tests.chaos.agents:scripted",
+        max_streams=1,
+        max_body_bytes=MAX_BODY_BYTES,
+        max_waiting_messages=1,
+        log_format="json",
     )
     running.command = launch.command("--header-seconds", str(HEADER_SECONDS))
     with running:
@@ -78,6 +88,15 @@ async def problems(server: Server) -> AsyncIterator[wire.Answer]:
     yield await raw(server, b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 40_000 + b"\r\n\r\n")
     async with wire.stream(port, f"{context}/stream"):
         yield await wire.call(port, "GET", f"{context}/stream")
+    yield await wire.call(port, "POST", f"{context}/approvals/{UNKNOWN}", {"decision": "approve"})
+    yield await wire.call(port, "DELETE", f"{context}/queue/{UNKNOWN}")
+    yield await wire.call(port, "GET", f"/files/{UNKNOWN}")
+    reply_id = receipt["reply_message_id"]
+    yield await wire.call(port, "GET", f"{context}/messages/{reply_id}/chunks/first")
+    yield await wire.call(port, "POST", f"{context}/fork", {"message_id": reply_id})
+    waiting = {"payload": {"type": "text", "content": "words=1"}, "if_busy": "queue"}
+    await wire.call(port, "POST", f"{context}/messages", waiting)
+    yield await wire.call(port, "POST", f"{context}/messages", waiting)
     with broken(server):
         yield await wire.call(port, "GET", f"{context}/messages")
     await wire.call(port, "POST", f"{context}/cancel")

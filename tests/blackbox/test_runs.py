@@ -42,7 +42,8 @@ def test_a_posted_message_has_a_reply_at_once(calls: Calls) -> None:
     assert (posted["context_id"], posted["state"], posted["version"]) == (context_id, "queued", 2)
     assert (reply["role"], reply["status"], reply["sequence"]) == ("assistant", "pending", 0)
     assert (reply["parent_id"], reply["run_id"], reply["payload"]) == (asked["id"], posted["run_id"], None)
-    assert (asked["role"], asked["status"], asked["payload"]) == ("user", "completed", payload)
+    whole = payload | {"files": [], "name": None, "input": None}
+    assert (asked["role"], asked["status"], asked["payload"]) == ("user", "completed", whole)
     assert asked["client_metadata"] == {"tab": 3}
     assert calls.ended(context_id, reply["id"])["status"] == "completed"
 

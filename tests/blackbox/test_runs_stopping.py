@@ -195,7 +195,7 @@ def test_deleting_a_context_ends_everything_of_it(calls: Calls) -> None:
         ThreadPoolExecutor() as threads,
     ):
         stream.until("content_delta")
-        inline.until("chunk")
+        inline.until("text_delta")
         path = f"/contexts/{context_id}/messages/{reply}/content?from_sequence=1&wait=30"
         pulls = calls.metric('context_server_pulls_total{source="memory"}')
         waiting = threads.submit(calls.call, "GET", path)
@@ -224,7 +224,7 @@ def test_no_connection_is_needed(calls: Calls) -> None:
     pull = f"/contexts/{context_id}/messages/{reply}/content?from_sequence=1&wait=30"
     with calls.signals(context_id) as stream, calls.inline(context_id, reply) as inline:
         stream.until("content_delta")
-        inline.until("chunk")
+        inline.until("text_delta")
         with pytest.raises(TimeoutError):
             calls.call("GET", pull, seconds=0.2)  # Gives up, and closes its connection.
     eventually(lambda: calls.metric("context_server_open_streams") == 0, "no open stream")

@@ -1,6 +1,5 @@
 """The simple frontend of ``seed_frontend.js`` in a real browser, on a page of another origin than the server's."""
 
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.blackbox.browser import BROWSERS, PAGE_SECONDS, Page, converse, installed, opened, served
+from tests.blackbox.browser import PAGE_SECONDS, Page, converse, opened
 from tests.blackbox.calls import Calls, eventually
 from tests.ports import free_port
 from tests.server import Server
@@ -25,22 +24,6 @@ ROOMY = {
 # How long page or server may stand still, which is much shorter than what ROOMY grants, before a trial is void.
 VOID_SECONDS = ROOMY["signal_settle_ms"] / 3000
 ATTEMPTS = 4
-
-
-@pytest.fixture
-def page() -> Iterator[Page]:
-    with served() as page:
-        yield page
-
-
-@pytest.fixture
-def browser() -> str:
-    found = installed()
-    if found is not None:
-        return found
-    if os.environ.get("CI"):
-        pytest.fail(f"none of {', '.join(BROWSERS)} is installed")
-    pytest.skip(f"none of {', '.join(BROWSERS)} is installed")
 
 
 @contextmanager

@@ -69,7 +69,7 @@ def test_a_post_that_is_answered_by_a_stream_is_not_buffered(nginx):
         first, second = stream.next(), stream.next()
     assert first is not None
     assert second is not None
-    assert (first.type, second.type) == ("message_accepted", "chunk")
+    assert (first.type, second.type) == ("run_started", "text_delta")
 
 
 # Which node
