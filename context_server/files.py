@@ -58,12 +58,12 @@ class Files:
     def __init__(self, stored: StoredFiles, folder: Folder, limits: FileLimits) -> None:
         self._stored = stored
         self._folder = folder
-        self._types = limits.types
+        self.types = limits.types
         self.max_bytes = limits.max_bytes
 
     def takes(self, media_type: str) -> bool:
         """Whether files of this type are taken."""
-        return any(fnmatchcase(media_type, pattern) for pattern in self._types)
+        return any(fnmatchcase(media_type, pattern) for pattern in self.types)
 
     def upload(self) -> "Upload":
         """A file that is coming in; use it with ``async with``, and nothing is left of it unless it was kept."""

@@ -94,14 +94,14 @@ def advance(state: State, event: Event) -> State:
 def phase_event(state: State, kind: ChunkKind, open_tools: int) -> Event | None:
     """The event that a chunk of ``kind`` causes in a working ``state``, or None when it moves nothing.
 
-    ``open_tools`` counts the tool calls without a result, this chunk included: with tools in parallel a context is
-    ``calling_tool`` from the first call to the last result.
+    A step says where the agent is, and is no output. ``open_tools`` counts the tool calls without a result, this chunk
+    included: with tools in parallel a context is ``calling_tool`` from the first call to the last result.
     """
     match kind, state:
         case ChunkKind.TOOL_CALL, State.THINKING | State.STREAMING:
             return Event.TOOL_STARTED
         case ChunkKind.TOOL_RESULT, State.CALLING_TOOL if open_tools <= 0:
             return Event.TOOL_FINISHED
-        case _, State.THINKING if kind not in (ChunkKind.TOOL_CALL, ChunkKind.TOOL_RESULT):
+        case ChunkKind.TEXT | ChunkKind.REASONING | ChunkKind.ERROR, State.THINKING:
             return Event.OUTPUT_APPENDED
     return None

@@ -2,10 +2,10 @@
 
 import asyncio
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from context_server.approving import MAX_NAME
 from context_server.machine import advance, phase_event
 from context_server.records import (
     Append,
@@ -26,6 +26,11 @@ from context_server.storable import clean_data, clean_text, split_text
 
 _BURST = 32
 """Deltas that an agent may yield before it is made to let the event loop go round."""
+
+
+_ODD_IN_A_NAME = re.compile(r"[^\w.:/-]+")
+_MAX_SHOWN_NAME = 64
+"""A model may make up a tool's name; what of it goes into signals is the name of something, and no text."""
 
 
 class OpenReply:
@@ -184,7 +189,7 @@ def _tool_of(delta: Delta) -> str | None:
     """The name of the tool that a delta calls, short enough for a signal."""
     if delta.kind is not ChunkKind.TOOL_CALL or delta.data is None:
         return None
-    return str(delta.data.get("name", ""))[:MAX_NAME] or None
+    return _ODD_IN_A_NAME.sub("_", str(delta.data.get("name", "")))[:_MAX_SHOWN_NAME] or None
 
 
 def clean_delta(delta: Delta) -> tuple[Delta, int]:

@@ -35,9 +35,9 @@ def load_agent(name: str, choice: Choice | None = None) -> Agent:
         return _engine(None, choice)
     found = _find(name)
     if _is_of_the_library(found):
-        return _engine(found, choice)
+        return _with_model(name, _engine(found, choice))
     if hasattr(found, "workflows") and _is_of_the_library(found.agent):
-        found.agent = _engine(found.agent, choice)
+        found.agent = _with_model(name, _engine(found.agent, choice))
     elif choice.is_of_the_engine:
         raise AgentNotLoadable(f"agent {name!r} takes no model and no MCP servers; only agents of Pydantic AI do")
     if not callable(found):
@@ -45,6 +45,17 @@ def load_agent(name: str, choice: Choice | None = None) -> Agent:
     if _cannot_be_iterated(found) or _cannot_be_iterated(type(found).__call__):
         raise AgentNotLoadable(f"agent {name!r} is no async generator; it should be async def and yield its text")
     return cast("Agent", found)
+
+
+def _with_model(name: str, engine: Any) -> Agent:
+    """An agent of Pydantic AI that can answer.
+
+    Raises:
+        AgentNotLoadable: it has no model, and none was chosen.
+    """
+    if not engine.has_model:
+        raise AgentNotLoadable(f"agent {name!r} has no model; give one by --model, or to the agent")
+    return cast("Agent", engine)
 
 
 def as_agent(found: Any) -> Agent:

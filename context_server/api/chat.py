@@ -39,14 +39,13 @@ async def chat(request: Request) -> Response:
     new = parse_body(body, forms.NewChat)
     rooms, owner, key = rooms_of(request), owner_of(request), caller_key(request)
     context_id = await _context_of(rooms, owner, new, key)
-    command = slash.parse(new.content)
-    if command is not None and command[0] in rooms.slash.known:
+    if (command := rooms.slash.find(new.content)) is not None:
         return _command_result(await rooms.slash.execute(owner, context_id, *command))
 
     async def post() -> records.Receipt:
         # The context counts too: the same words of another caller are another request.
         once = once_of(request, body + context_id.encode(), encode_receipt)
-        return await rooms.commands.post_message(owner, context_id, _post_of(new), if_match=None, once=once)
+        return await rooms.commands.post_message(owner, context_id, _post_of(new, rooms), if_match=None, once=once)
 
     return await answer_post(request, Wire(dialect=NEXUS), post, question=new.content)
 
@@ -67,6 +66,6 @@ async def _context_of(rooms: Rooms, owner: str, new: forms.NewChat, key: str | N
     return context.id
 
 
-def _post_of(new: forms.NewChat) -> Post:
+def _post_of(new: forms.NewChat, rooms: Rooms) -> Post:
     given: dict[str, Any] = new.model_dump(include=new.model_fields_set & set(_CLIENT_FIELDS))
-    return Post(text=new.content, client_metadata=given)
+    return Post(text=rooms.slash.unescaped(new.content), client_metadata=given)

@@ -66,7 +66,8 @@ async def upload_file(request: Request) -> Response:
 
 def _require_taken(files: Files, media_type: str) -> None:
     if not files.takes(media_type):
-        raise UnsupportedMediaType(f"Files of the type {media_type} are not taken.")
+        taken = ", ".join(files.types)
+        raise UnsupportedMediaType(f"Files of the type {media_type} are not taken; taken are: {taken}.")
 
 
 async def _take_body(request: Request, files: Files, upload: Upload, media_type: str) -> None:

@@ -119,7 +119,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
              answers={200: schemas.Context, 304: None}, headers=(IF_NONE_MATCH,), problems=(404, 422, 503)),
     Endpoint(method="PATCH", path=CONTEXT, handler=contexts.change_context, summary="Change a context",
              answers={200: schemas.Context}, body=forms.ContextChange, headers=(IF_MATCH,),
-             problems=(400, 404, 408, 412, 413, 415, 422, 503, 507)),
+             problems=(400, 404, 408, 409, 412, 413, 415, 422, 503, 507)),
     Endpoint(method="DELETE", path=CONTEXT, handler=contexts.delete_context, summary="Delete a context",
              answers={204: None}, headers=(IF_MATCH,), problems=(404, 412, 422, 503, 507)),
     Endpoint(method="POST", path="/files", handler=files.upload_file, summary="Upload a file",

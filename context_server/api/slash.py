@@ -22,7 +22,7 @@ async def execute_command(request: Request) -> Response:
     """Carries a command out at once."""
     new = parse_body(await read_body(request), forms.NewCommand)
     typed = new.command if new.command.startswith("/") else f"/{new.command}"
-    name, args = slash.parse(typed) or (new.command, ())
+    name, args = slash.parse(typed) or (new.command.lstrip("/"), ())
     answer = await rooms_of(request).slash.execute(owner_of(request), new.context_id, name, (*args, *new.args))
     return answer_response(answer)
 

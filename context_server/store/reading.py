@@ -316,7 +316,7 @@ def history(connection: Connection, *, run: Run, max_bytes: int) -> list[Turn]:
     turns: list[Turn] = []
     left = max_bytes
     for row in rows:
-        left -= row.content_bytes
+        left -= row.content_bytes + sum(each.size_bytes for each in to_files(row.payload))
         if turns and left < 0:
             break
         turns.append(to_turn(connection, row))

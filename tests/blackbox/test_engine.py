@@ -1,5 +1,6 @@
 """Agents of Pydantic AI in a real server, with a model on a real network path."""
 
+import itertools
 import json
 import threading
 from collections.abc import Iterator
@@ -79,7 +80,8 @@ def test_a_model_replies_without_code_and_is_given_what_was_said_before_a_restar
     assert reply["status"] == "completed"
     assert reply["usage"] | {"estimated": False} == reply["usage"]
     assert (reply["usage"]["input_tokens"], reply["usage"]["output_tokens"]) == (12, 5)
-    assert kinds(plain.chunks(context_id, reply["id"])) == ["step", "reasoning", "text", "step"]
+    told = kinds(plain.chunks(context_id, reply["id"]))
+    assert [kind for kind, _ in itertools.groupby(told)] == ["step", "reasoning", "text", "step"]
     plain.server.kill()
     plain.server.start()
     ask(plain, context_id, "and now?")

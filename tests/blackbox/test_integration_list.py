@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.blackbox.calls import PATIENCE_MS, Calls, faults
+from tests.blackbox.calls import PATIENCE_MS, Calls, eventually, faults
 from tests.model_server import MODEL, SILENCE, ModelServer, call, gate, say, whole
 from tests.server import Server
 
@@ -186,14 +186,16 @@ def test_cancellation(calls: Calls, model: ModelServer, when: str) -> None:
             model.play(whole(call("send", {"to": "bob"})))
             posted, state = calls.post(context_id, "Write to Bob."), "awaiting_approval"
         case "the model is silent":
-            model.play([say("Hm"), SILENCE])
-            posted, state = calls.post(context_id, "Speak."), "streaming"
+            model.play([SILENCE])
+            posted, state = calls.post(context_id, "Speak."), "thinking"
         case _:
             model.play([say("Hm"), SILENCE])
             calls.post(context_id, "Speak.")
             calls.settled(context_id, "streaming")
             posted, state = calls.send(context_id, "And then?", fields={"if_busy": "queue"}).json, "streaming"
     calls.settled(context_id, state)
+    if when == "the model is silent":
+        eventually(lambda: model.asked, "the request")
     started = time.monotonic()
     calls.cancel(context_id)
     calls.settled(context_id, "idle")

@@ -90,7 +90,7 @@ def test_the_machine_for_clients_is_the_table() -> None:
     assert {state: node["meta"]["allowed_commands"] for state, node in machine["states"].items()} == COMMANDS
 
 
-OUTPUT = [ChunkKind.TEXT, ChunkKind.REASONING, ChunkKind.STEP, ChunkKind.ERROR]
+OUTPUT = [ChunkKind.TEXT, ChunkKind.REASONING, ChunkKind.ERROR]
 
 
 @pytest.mark.parametrize("kind", OUTPUT)
@@ -99,6 +99,10 @@ def test_output_moves_a_thinking_context_and_no_other(kind: ChunkKind) -> None:
         assert phase_event(State.THINKING, kind, open_tools) is Event.OUTPUT_APPENDED
         for state in set(State) - {State.THINKING}:
             assert phase_event(state, kind, open_tools) is None
+
+
+def test_a_step_moves_nothing() -> None:
+    assert {phase_event(state, ChunkKind.STEP, open_tools) for state in State for open_tools in (0, 1)} == {None}
 
 
 def test_the_first_call_and_the_last_result_of_parallel_tools_move_a_context() -> None:

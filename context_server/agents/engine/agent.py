@@ -49,6 +49,11 @@ class EngineAgent:
         self._toolsets = tuple(toolsets)
         self._retrying = retrying or Retrying()
 
+    @property
+    def has_model(self) -> bool:
+        """Whether it can answer without being given a model."""
+        return self._model is not None or getattr(self.agent, "model", None) is not None
+
     def furnished(
         self,
         *,

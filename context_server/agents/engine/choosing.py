@@ -90,8 +90,11 @@ def toolset_for(server: str) -> AbstractToolset[Any]:
         raise AgentNotLoadable("tools of MCP servers need an extra: pip install 'pydantic-ai-slim[mcp]'") from error
     if server.startswith(("http://", "https://")):
         return MCPToolset(server)
-    command, *arguments = shlex.split(server)
+    try:
+        command, *arguments = shlex.split(server)
+    except ValueError:
+        raise AgentNotLoadable("the command of an MCP server is empty, or has an open quotation mark") from None
     found = shutil.which(command)
-    if found is None:
-        raise AgentNotLoadable(f"there is no command {command!r} to start an MCP server with")
+    if found is None:  # It is not repeated: people write keys before commands.
+        raise AgentNotLoadable("the command of an MCP server is not found; it begins with the program's name")
     return MCPToolset(StdioTransport(found, arguments))

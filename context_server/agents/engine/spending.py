@@ -30,6 +30,10 @@ class Spending:
         """An estimate in the middle of a request."""
         return self._usage(counted, *self._guess(), requests=1)
 
+    def turned_down(self, counted: RunUsage) -> Usage:
+        """After a request that brought no answer: it was made, and took no tokens that anybody knows of."""
+        return self._usage(counted, 0, 0, requests=1)
+
     def answered(self, counted: RunUsage, response: ModelResponse) -> Usage:
         """What was taken once a response is whole."""
         if not response.usage.has_values():

@@ -22,6 +22,7 @@ from typing import Any
 from pydantic_ai import UsageLimits
 from pydantic_ai.agent import AbstractAgent, CallToolsNode, ModelRequestNode
 from pydantic_ai.capabilities import ReinjectSystemPrompt
+from pydantic_ai.exceptions import UserError
 from pydantic_ai.messages import (
     AgentStreamEvent,
     FunctionToolCallEvent,
@@ -113,6 +114,8 @@ class Writing:
         async with AsyncExitStack() as stack:
             try:
                 library = await stack.enter_async_context(self._begin(conversation, results, gate))
+            except UserError:
+                raise
             except Exception as error:
                 if not self._means.toolsets:
                     raise
@@ -164,6 +167,9 @@ class Writing:
             attempt.library.enqueue(*await contents_of(turn, self._run.read_file))
         counted = copy(attempt.library.usage)
         has_said = False
+        # From here on something is used, also where nothing comes back, or the run is cancelled before it does.
+        attempt.spending.ask([*attempt.library.all_messages(), node.request])
+        yield attempt.spending.under_way(counted)
         try:
             async with aclosing(self._listen(attempt, node)) as pieces:
                 async for piece in pieces:
@@ -174,8 +180,7 @@ class Writing:
             failure = failure_of(error, begun=has_said)
             if failure is None:
                 raise
-            if has_said:
-                yield attempt.spending.under_way(counted)
+            yield attempt.spending.under_way(counted) if has_said else attempt.spending.turned_down(counted)
             raise failure from error
         if not isinstance(following, CallToolsNode):
             return  # A hook of the agent's own has turned the answer down.
