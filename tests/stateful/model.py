@@ -87,7 +87,7 @@ class ModelContext:
             return "calling_tool"
         if kind is ChunkKind.TOOL_RESULT:
             return "thinking" if self.state == "calling_tool" and open_tools <= 0 else self.state
-        return "streaming" if self.state == "thinking" else self.state
+        return "streaming" if self.state == "thinking" and kind != "step" else self.state
 
     def ended(self, outcome: Outcome, error: str) -> None:
         """The run has said its last word: a context that was being cancelled is cancelled, whatever that is."""
